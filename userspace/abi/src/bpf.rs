@@ -1,0 +1,347 @@
+//! Keys and values of the eBPF program's maps.
+//!
+//! A *port* is where doorbells of one region arrive: a map of [`Slot`]s (the task may only read
+//! it), a map of control words (the task writes it) and a ring buffer that wakes the task. Each
+//! port has maps of its own, held in arrays of maps, so that no device task ever sees another's.
+
+use crate::Bus;
+
+/// Most doorbells (entries of the match table) of one program instance.
+pub const MAX_DOORBELLS: u32 = 1 << 17;
+/// Most vCPU threads of one program instance.
+pub const MAX_VCPUS: u32 = 1024;
+/// Most ports of one program instance.
+pub const MAX_PORTS: u32 = 4096;
+/// Most pages with a coalesced zone.
+pub const MAX_ZONE_PAGES: u32 = 1 << 16;
+/// Most elements of one string output that the program looks at; more are counted as
+/// [`VcpuRecord::truncated`].
+pub const MAX_STRING: u32 = 64;
+
+/// Which vCPU a host thread runs: value of the map that is keyed by thread id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct VcpuEntry {
+    /// The virtual machine, a number of the loader's.
+    pub vm: u32,
+    /// Index of the vCPU's [`VcpuRecord`].
+    pub record: u32,
+}
+
+/// Key of the match table.
+///
+/// A doorbell without datamatch stands under value 0. With datamatch, the entry under value 0
+/// says which mask to apply ([`MatchEntry::SELECT`]); the doorbell itself stands under
+/// `data & mask`, with [`MatchKey::MASKED`] set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct MatchKey {
+    /// Guest physical address or port.
+    pub addr: u64,
+    /// 0, or the value after masking.
+    pub value: u64,
+    /// The virtual machine.
+    pub vm: u32,
+    /// [`Bus`] in bits 7..0, size in bytes in bits 15..8, [`MatchKey::MASKED`].
+    pub what: u32,
+}
+
+impl MatchKey {
+    /// Bit of `what`: the key of a doorbell behind a mask.
+    pub const MASKED: u32 = 1 << 16;
+
+    /// The first key to look up for an access.
+    #[must_use]
+    #[inline(always)]
+    pub const fn first(vm: u32, bus: Bus, addr: u64, bytes: u8) -> Self {
+        Self {
+            addr,
+            value: 0,
+            vm,
+            what: bus as u32 | (bytes as u32) << 8,
+        }
+    }
+
+    /// The key to look up after the first one led to a [`MatchEntry::SELECT`].
+    #[must_use]
+    #[inline(always)]
+    pub const fn masked(self, value: u64) -> Self {
+        Self {
+            value,
+            what: self.what | Self::MASKED,
+            ..self
+        }
+    }
+}
+
+/// Value of the match table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct MatchEntry {
+    /// For [`MatchEntry::SELECT`]: the mask to apply to the value.
+    pub mask: u64,
+    /// The port where the doorbell arrives, or whose task is to be woken.
+    pub port: u32,
+    /// The doorbell's slot in its port.
+    pub slot: u32,
+    /// Bits below.
+    pub flags: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+impl MatchEntry {
+    /// Not a doorbell: look up again with the masked value.
+    pub const SELECT: u32 = 1 << 0;
+    /// Store value and sequence in the slot; the access needs no other delivery.
+    pub const STORE: u32 = 1 << 1;
+    /// Wake the port's task if it has armed its port.
+    pub const WAKE_ARMED: u32 = 1 << 2;
+    /// Wake the port's task on each doorbell.
+    pub const WAKE_ALWAYS: u32 = 1 << 3;
+}
+
+/// Key of the zone table: a page that holds (part of) a coalesced zone.
+///
+/// Writes to such a page that are no doorbell end in the coalesced ring too; whoever drains it
+/// must be woken for them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct ZoneKey {
+    /// Guest page number (address >> 12), or 0 for ports.
+    pub page: u64,
+    /// The virtual machine.
+    pub vm: u32,
+    /// [`Bus`].
+    pub bus: u32,
+}
+
+/// Guest page size used by [`ZoneKey`], as a power of two.
+pub const ZONE_PAGE_SHIFT: u32 = 12;
+
+/// A doorbell's latest value.
+///
+/// Written by the program: the value first, then the sequence (atomic). A reader loads the
+/// sequence, then the value: the value may be newer than the sequence, never older.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct Slot {
+    /// The value written last.
+    pub value: u64,
+    /// How many writes there were.
+    pub sequence: u64,
+}
+
+/// Index of the control word that a task sets to 1 before it sleeps.
+pub const CONTROL_ARM: u32 = 0;
+/// Index of the first control word that marks changed slots, 64 slots a word.
+pub const CONTROL_DIRTY: u32 = 1;
+
+/// Number of control words that a port with `slots` slots needs.
+#[must_use]
+pub const fn control_words(slots: u32) -> u32 {
+    CONTROL_DIRTY + slots.div_ceil(64)
+}
+
+/// One traced write of a vCPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct Trace {
+    /// First address, or the port.
+    pub addr: u64,
+    /// Bit *i*: piece *i* was stored in a slot (piece: 8 bytes of MMIO, one element of PIO).
+    pub captured: u64,
+    /// Bit *i*: piece *i* was announced to the task that drains the coalesced ring.
+    pub announced: u64,
+    /// Length in bytes.
+    pub len: u32,
+    /// [`Bus`] in bits 7..0, size of one piece in bits 15..8.
+    pub what: u32,
+}
+
+/// What the program did for one vCPU. Only that vCPU's thread writes it (through the program).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct VcpuRecord {
+    /// The last two traced writes; `writes & 1` is the place of the next.
+    ///
+    /// Two, because an access that crosses a page is traced once for each page before the
+    /// first of them can exit.
+    pub traces: [Trace; 2],
+    /// Number of traced writes.
+    pub writes: u64,
+    /// Pieces that matched a doorbell.
+    pub matched: u64,
+    /// Pieces that matched none.
+    pub unmatched: u64,
+    /// Doorbells that were written again before the task took the first value.
+    pub overrun: u64,
+    /// Wake-ups sent through the ring buffer.
+    pub wakeups: u64,
+    /// Wake-ups that the ring buffer refused (it had unread ones).
+    pub wakeups_refused: u64,
+    /// Elements of string output past [`MAX_STRING`], which the program has not seen.
+    pub truncated: u64,
+    /// Pieces whose slot or port was missing.
+    pub misdirected: u64,
+}
+
+/// What became of a traced piece before it exited to user space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// Its value is in a slot: delivering the exit as well would double it.
+    Captured,
+    /// The draining task waits for it in the coalesced ring, where it will not come.
+    Announced,
+    /// The program had nothing to do with it.
+    Unseen,
+}
+
+impl VcpuRecord {
+    /// What the program did with the piece of a write that exits to user space at `addr`.
+    ///
+    /// `addr` and `bytes` are those of the exit. For ports, `element` is the index of the
+    /// element in a string output, else 0.
+    #[must_use]
+    pub fn fate(&self, bus: Bus, addr: u64, bytes: u8, element: u32) -> Fate {
+        // The newest trace that covers the address decides: an older one at the same address
+        // belongs to an access that did not exit.
+        for age in 1..=2 {
+            if self.writes < age {
+                return Fate::Unseen;
+            }
+            let trace = &self.traces[((self.writes - age) & 1) as usize];
+            if let Some(piece) = trace.piece(bus, addr, bytes, element) {
+                let bit = |mask: u64| piece < u64::BITS.into() && mask >> piece & 1 == 1;
+                return match (bit(trace.captured), bit(trace.announced)) {
+                    (true, _) => Fate::Captured,
+                    (false, true) => Fate::Announced,
+                    (false, false) => Fate::Unseen,
+                };
+            }
+        }
+        Fate::Unseen
+    }
+}
+
+impl Trace {
+    fn piece(&self, bus: Bus, addr: u64, bytes: u8, element: u32) -> Option<u64> {
+        if self.what & 0xff != bus as u32 {
+            return None;
+        }
+        if bus == Bus::Pio {
+            let same = self.addr == addr && self.what >> 8 & 0xff == u32::from(bytes);
+            return (same && u64::from(element + 1) * u64::from(bytes) <= self.len.into())
+                .then_some(element.into());
+        }
+        let within = addr.checked_sub(self.addr)?;
+        (within + u64::from(bytes) <= self.len.into() && within % crate::access::CHUNK == 0)
+            .then_some(within / crate::access::CHUNK)
+    }
+}
+
+const _: () = {
+    assert!(size_of::<VcpuEntry>() == 8);
+    assert!(size_of::<MatchKey>() == 24);
+    assert!(size_of::<MatchEntry>() == 24);
+    assert!(size_of::<ZoneKey>() == 16);
+    assert!(size_of::<Slot>() == 16);
+    assert!(core::mem::offset_of!(Slot, sequence) == 8);
+    assert!(size_of::<Trace>() == 32);
+    assert!(size_of::<VcpuRecord>() == 128);
+};
+
+#[cfg(feature = "aya")]
+mod pod {
+    // SAFETY: each type is `repr(C)`, made of integers only, without padding, so that each byte
+    // string of its size is a value of it.
+    unsafe impl aya::Pod for super::VcpuEntry {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::MatchKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::MatchEntry {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::ZoneKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Slot {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::VcpuRecord {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn trace(addr: u64, len: u32, captured: u64) -> Trace {
+        Trace {
+            addr,
+            captured,
+            announced: 0,
+            len,
+            what: Bus::Mmio as u32 | 8 << 8,
+        }
+    }
+
+    #[test]
+    fn exit_of_a_stored_write_is_recognised_once() {
+        let mut record = VcpuRecord {
+            writes: 1,
+            ..Default::default()
+        };
+        record.traces[0] = trace(0x1000, 4, 1);
+        assert_eq!(record.fate(Bus::Mmio, 0x1000, 4, 0), Fate::Captured);
+        assert_eq!(record.fate(Bus::Mmio, 0x1000, 8, 0), Fate::Unseen);
+        assert_eq!(record.fate(Bus::Pio, 0x1000, 4, 0), Fate::Unseen);
+        // The next write at the same address matched nothing: it must be delivered.
+        record.traces[1] = trace(0x1000, 4, 0);
+        record.writes = 2;
+        assert_eq!(record.fate(Bus::Mmio, 0x1000, 4, 0), Fate::Unseen);
+    }
+
+    #[test]
+    fn both_halves_of_a_page_crossing_write_are_found() {
+        let mut record = VcpuRecord {
+            writes: 6,
+            ..Default::default()
+        };
+        record.traces[0] = trace(0x1ffc, 4, 1);
+        record.traces[1] = trace(0x2000, 4, 0);
+        assert_eq!(record.fate(Bus::Mmio, 0x1ffc, 4, 0), Fate::Captured);
+        assert_eq!(record.fate(Bus::Mmio, 0x2000, 4, 0), Fate::Unseen);
+    }
+
+    #[test]
+    fn second_half_of_a_long_write_has_its_own_bit() {
+        let mut record = VcpuRecord {
+            writes: 1,
+            ..Default::default()
+        };
+        record.traces[0] = trace(0x1000, 16, 0b10);
+        assert_eq!(record.fate(Bus::Mmio, 0x1000, 8, 0), Fate::Unseen);
+        assert_eq!(record.fate(Bus::Mmio, 0x1008, 8, 0), Fate::Captured);
+    }
+
+    #[test]
+    fn elements_of_string_output_are_told_apart() {
+        let mut record = VcpuRecord {
+            writes: 1,
+            ..Default::default()
+        };
+        record.traces[0] = Trace {
+            addr: 0x3f8,
+            captured: 0b10,
+            announced: 0,
+            len: 2,
+            what: 1 | 1 << 8,
+        };
+        assert_eq!(record.fate(Bus::Pio, 0x3f8, 1, 0), Fate::Unseen);
+        assert_eq!(record.fate(Bus::Pio, 0x3f8, 1, 1), Fate::Captured);
+        assert_eq!(record.fate(Bus::Pio, 0x3f8, 1, 2), Fate::Unseen);
+    }
+
+    #[test]
+    fn an_empty_record_captures_nothing() {
+        assert_eq!(VcpuRecord::default().fate(Bus::Mmio, 0, 0, 0), Fate::Unseen);
+        assert_eq!(VcpuRecord::default().fate(Bus::Pio, 0, 0, 0), Fate::Unseen);
+    }
+}

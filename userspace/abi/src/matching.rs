@@ -1,0 +1,34 @@
+//! The match rule: which doorbell an access rings.
+//!
+//! One source for the eBPF program, for its twin in user space (which demultiplexes the
+//! coalesced ring) and for the tests that compare the two.
+
+use crate::Bus;
+use crate::bpf::{MatchEntry, MatchKey};
+
+/// A match table: hash map in the kernel, or in user space.
+pub trait Table {
+    /// Looks up a key.
+    fn get(&self, key: &MatchKey) -> Option<MatchEntry>;
+}
+
+/// Finds the doorbell that a write of `bytes` bytes of `data` at `addr` rings.
+///
+/// Address and size must be exact; the value must equal the doorbell's after masking. `None`:
+/// the write is for the device's other registers.
+#[inline(always)]
+pub fn find(
+    table: &impl Table,
+    vm: u32,
+    bus: Bus,
+    addr: u64,
+    bytes: u8,
+    data: u64,
+) -> Option<MatchEntry> {
+    let key = MatchKey::first(vm, bus, addr, bytes);
+    let entry = table.get(&key)?;
+    if entry.flags & MatchEntry::SELECT == 0 {
+        return Some(entry);
+    }
+    table.get(&key.masked(data & entry.mask))
+}

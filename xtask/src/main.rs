@@ -1,0 +1,176 @@
+//! `cargo xtask`: set-up, builds, tests and benchmarks of ioregion as one command.
+
+mod doctor;
+mod ebpf;
+mod outcome;
+mod setup;
+mod sh;
+mod tiers;
+mod toolchain;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand};
+
+use sh::Cmd;
+
+/// Set-up, builds, tests and benchmarks of ioregion.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Find or install everything that building, testing and measuring need
+    ///
+    /// Prints each command before it runs, changes nothing where nothing is missing, and needs
+    /// root only for missing system packages. bpf-linker is built once into $IOREGION_CACHE
+    /// (default: ioregion in the user's cache folder).
+    #[command(after_help = "Example:\n  cargo xtask setup")]
+    Setup,
+    /// Build the eBPF program into target/bpf
+    ///
+    /// Says what is missing where it cannot; `cargo xtask setup` installs it.
+    #[command(
+        after_help = "Example:\n  cargo xtask build-ebpf --log    # target/bpf/ioregion-log.bpf.o"
+    )]
+    BuildEbpf {
+        /// With log messages from inside the program, as target/bpf/ioregion-log.bpf.o
+        #[arg(long)]
+        log: bool,
+    },
+    /// Set up, build the eBPF program and run the test tiers
+    ///
+    /// A tier that cannot run is skipped with its reason and what would enable it; with CI=true
+    /// in the environment it fails.
+    #[command(after_help = "Example:\n  cargo xtask test --tier unit")]
+    Test(TestArgs),
+    /// What a CI job runs: the same as `test`
+    #[command(after_help = "Example:\n  CI=true cargo xtask ci")]
+    Ci(TestArgs),
+    /// Set up, build the eBPF program and run the benchmark
+    #[command(
+        after_help = "Example:\n  cargo xtask bench --check    # exit 1 where a claim does not hold"
+    )]
+    Bench {
+        /// All scenarios at their full lengths (default: under two minutes)
+        #[arg(long)]
+        full: bool,
+        /// Exit 1 where a claim does not hold
+        #[arg(long)]
+        check: bool,
+        /// Further arguments for `ioregion-bench run`
+        #[arg(last = true)]
+        args: Vec<String>,
+    },
+    /// Tables and plots from one or many result files
+    #[command(after_help = "Example:\n  cargo xtask report target/bench/latest.json")]
+    Report {
+        /// Result files (JSON)
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+    },
+    /// What this host offers, with the reason for each "no"; installs nothing
+    #[command(after_help = "Example:\n  cargo xtask doctor")]
+    Doctor,
+}
+
+#[derive(Debug, Args)]
+struct TestArgs {
+    /// Also the long tiers (soaks)
+    #[arg(long)]
+    full: bool,
+    /// Only this tier
+    #[arg(long, value_name = "NAME")]
+    tier: Option<String>,
+}
+
+/// The workspace's folder: where cargo says it is, else where this program was built.
+fn workspace_root() -> Result<PathBuf> {
+    let manifest = std::env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from);
+    let manifest = manifest.unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    let root = manifest.parent().context("xtask lies in no workspace")?;
+    Ok(root.to_owned())
+}
+
+/// The benchmark program, run in `root`.
+fn bench_program(root: &Path, subcommand: &str) -> Cmd {
+    Cmd::line("cargo run --release -p ioregion-bench --")
+        .arg(subcommand)
+        .dir(root)
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<()> {
+    let root = workspace_root()?;
+    match cli.task {
+        Task::Setup => setup::setup().map(drop),
+        Task::BuildEbpf { log } => ebpf::build(&setup::find()?, &root, log),
+        Task::Test(TestArgs { full, tier }) | Task::Ci(TestArgs { full, tier }) => {
+            tiers::run(&root, full, tier.as_deref())
+        }
+        Task::Bench { full, check, args } => {
+            ebpf::build(&setup::setup()?, &root, false)?;
+            let flags = [(full, "--full"), (check, "--check")];
+            bench_program(&root, "run")
+                .args(flags.iter().filter(|(on, _)| *on).map(|(_, flag)| flag))
+                .args(args)
+                .run()
+        }
+        Task::Report { files } => {
+            // The benchmark program runs in the workspace: name the files from the root.
+            let files: Vec<PathBuf> = files
+                .iter()
+                .map(std::path::absolute)
+                .collect::<std::io::Result<_>>()?;
+            bench_program(&root, "report").args(files).run()
+        }
+        Task::Doctor => {
+            let host = Cmd::line("cargo run -q -p ioregion-bench -- doctor")
+                .dir(&root)
+                .run();
+            print!("\n{}", doctor::toolchain_table(&root));
+            host
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn every_subcommand_has_an_example_in_its_help() {
+        Cli::command().debug_assert();
+        for task in Cli::command().get_subcommands() {
+            let help = task.get_after_help().map(ToString::to_string);
+            let example = help.unwrap_or_default();
+            assert!(example.contains("cargo xtask"), "{}", task.get_name());
+        }
+    }
+
+    #[test]
+    fn bench_takes_further_arguments_after_two_dashes() {
+        let cli = Cli::try_parse_from(["x", "bench", "--full", "--", "--only", "ebpf"]).unwrap();
+        let Task::Bench { full, args, .. } = cli.task else {
+            panic!("not bench")
+        };
+        assert!(full);
+        assert_eq!(args, ["--only", "ebpf"]);
+    }
+}

@@ -1,0 +1,165 @@
+//! Installing what is missing, each command printed before it runs; nothing where nothing is.
+
+use std::os::unix::fs::{MetadataExt, symlink};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+
+use crate::sh::{Cmd, which};
+use crate::toolchain::{
+    self, DEBIAN_PACKAGES, LINKER_VERSION, Missing, RUSTUP_INSTALL, Toolchain, find_linker,
+    find_toolchain,
+};
+
+/// System packages: the command in `PATH` that proves presence, the apt package, what for.
+const PACKAGES: &[(&str, &str, &str)] = &[("cc", "build-essential", "linking host programs")];
+
+/// What builds the eBPF program.
+#[derive(Debug)]
+pub struct BpfTools {
+    /// The compiler and its cargo.
+    pub toolchain: Toolchain,
+    /// The bpf-linker.
+    pub linker: PathBuf,
+}
+
+/// Finds the eBPF tools without installing anything.
+pub fn find() -> Result<BpfTools, Missing> {
+    let toolchain = find_toolchain()?;
+    let linker = find_linker(toolchain.llvm)?;
+    Ok(BpfTools { toolchain, linker })
+}
+
+/// Finds the system packages and eBPF tools and installs those that are missing.
+pub fn setup() -> Result<BpfTools> {
+    let missing: Vec<&str> = PACKAGES
+        .iter()
+        .filter(|(proof, ..)| which(proof).is_none())
+        .map(|&(proof, package, why)| {
+            println!("{proof} is missing ({why}): package {package}");
+            package
+        })
+        .collect();
+    if !missing.is_empty() {
+        apt_install(&missing)?;
+    }
+    let toolchain = match find_toolchain() {
+        Ok(toolchain) => toolchain,
+        Err(missing) => install_toolchain(missing)?,
+    };
+    println!("eBPF toolchain: {toolchain}");
+    let linker = match find_linker(toolchain.llvm) {
+        Ok(linker) => linker,
+        Err(missing) => install_linker(toolchain.llvm, missing)?,
+    };
+    println!("bpf-linker: {}", linker.display());
+    Ok(BpfTools { toolchain, linker })
+}
+
+fn is_root() -> bool {
+    std::fs::metadata("/proc/self").is_ok_and(|meta| meta.uid() == 0)
+}
+
+/// Whether apt has package lists at all (a fresh container image has none).
+fn apt_has_lists() -> bool {
+    let entries = std::fs::read_dir("/var/lib/apt/lists");
+    entries.is_ok_and(|mut entries| {
+        entries.any(|entry| {
+            entry.is_ok_and(|entry| entry.file_name().to_string_lossy().contains("_Packages"))
+        })
+    })
+}
+
+fn apt_update() -> Result<()> {
+    Cmd::line("apt-get update").run()
+}
+
+/// Installs packages without removing or adding others; renews old package lists once.
+fn apt_install(packages: &[&str]) -> Result<()> {
+    let install = Cmd::line("apt-get install -y --no-remove --no-install-recommends")
+        .args(packages)
+        .env("DEBIAN_FRONTEND", "noninteractive");
+    if which("apt-get").is_none() || !is_root() {
+        bail!(Missing::new(
+            format!("packages are missing: {}", packages.join(" ")),
+            format!("as root `{install}` or the like on another system"),
+        ));
+    }
+    if apt_has_lists() && install.run().is_ok() {
+        return Ok(());
+    }
+    apt_update()?;
+    install.run()
+}
+
+/// Whether apt can install the compiler packages here, perhaps after renewing its lists.
+fn apt_offers_toolchain() -> bool {
+    if which("apt-get").is_none() || !is_root() {
+        return false;
+    }
+    let show = Cmd::line("apt-cache show --no-all-versions").args(DEBIAN_PACKAGES);
+    show.probe().is_some() || (apt_update().is_ok() && show.probe().is_some())
+}
+
+fn install_toolchain(missing: Missing) -> Result<Toolchain> {
+    println!("{}", missing.reason);
+    if apt_offers_toolchain() {
+        apt_install(&DEBIAN_PACKAGES)?;
+    } else if which("rustup").is_some() {
+        // A nightly that is already here is completed, not exchanged for a newer one.
+        let nightly = Cmd::line("rustup run nightly rustc --version").scrubbed();
+        let install = match nightly.probe() {
+            Some(_) => "rustup component add rust-src --toolchain nightly",
+            None => RUSTUP_INSTALL,
+        };
+        Cmd::line(install).scrubbed().run()?;
+    } else {
+        bail!(missing);
+    }
+    Ok(find_toolchain()?)
+}
+
+/// Builds bpf-linker into the cache against the libLLVM of an installed Rust toolchain.
+fn install_linker(llvm: u32, missing: Missing) -> Result<PathBuf> {
+    println!("{}", missing.reason);
+    let libraries = toolchain::llvm_libraries(&toolchain::sysroots());
+    let Some((major, library)) = toolchain::choose_llvm(&libraries, llvm) else {
+        bail!(Missing::new(
+            format!(
+                "{}; and no installed Rust toolchain ships a libLLVM.so that bpf-linker \
+                 {LINKER_VERSION} supports ({:?}) and that reads bitcode of LLVM {llvm}",
+                missing.reason,
+                toolchain::LINKER_LLVM
+            ),
+            format!("`rustup toolchain install stable`; or {}", missing.enable),
+        ));
+    };
+    let root = toolchain::linker_root(&toolchain::cache_dir(), major);
+    let prefix = root.join("llvm");
+    let lib = prefix.join("lib");
+    let prepare = || -> std::io::Result<()> {
+        if prefix.exists() {
+            std::fs::remove_dir_all(&prefix)?;
+        }
+        std::fs::create_dir_all(&lib)?;
+        symlink(library, lib.join("libLLVM.so"))?;
+        symlink(library, lib.join(library.file_name().unwrap_or_default()))
+    };
+    prepare().with_context(|| format!("cannot prepare {}", lib.display()))?;
+    println!(
+        "building bpf-linker {LINKER_VERSION} against {} (once, one to five minutes; kept in {})",
+        library.display(),
+        root.display()
+    );
+    // The prefix becomes the program's run path, so it stays where it is.
+    Cmd::line("cargo install bpf-linker --locked --force --no-default-features")
+        .args(["--version", &LINKER_VERSION.to_string()])
+        .args(["--features", &format!("llvm-{major}")])
+        .arg("--root")
+        .arg(&root)
+        .env("LLVM_PREFIX", &prefix)
+        .dir(&root)
+        .scrubbed()
+        .run()?;
+    Ok(find_linker(llvm)?)
+}

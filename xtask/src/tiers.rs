@@ -1,0 +1,445 @@
+//! The test tiers: one table, run in order, each with what it needs and what it proves.
+
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Result, bail};
+
+use crate::outcome::{Outcome, summary, tests_in};
+use crate::setup::BpfTools;
+use crate::sh::{Cmd, which};
+use crate::toolchain::{Missing, has_rust_src, sysroots};
+use crate::{ebpf, setup};
+
+/// What the commands of a tier are made from.
+struct Host<'a> {
+    root: &'a Path,
+    /// The eBPF tools, or why there are none.
+    tools: Result<BpfTools, Missing>,
+}
+
+/// One row of the test table.
+struct Tier {
+    name: &'static str,
+    what: &'static str,
+    /// Only with `--full`.
+    full: bool,
+    /// Runs tests, of which there must be at least one.
+    counts: bool,
+    /// Whether it needs the eBPF tools and object, and so set-up.
+    ebpf: bool,
+    /// Skipped where it cannot run even when `CI=true`.
+    optional: bool,
+    needs: fn(&Host) -> Result<(), Missing>,
+    commands: fn(&Host) -> Result<Vec<Cmd>, Missing>,
+}
+
+/// A quick tier that needs nothing but cargo: the base of each row.
+const ROW: Tier = Tier {
+    name: "",
+    what: "",
+    full: false,
+    counts: false,
+    ebpf: false,
+    optional: false,
+    needs: |_| Ok(()),
+    commands: |_| Ok(Vec::new()),
+};
+
+const TIERS: &[Tier] = &[
+    Tier {
+        name: "fmt",
+        what: "rustfmt changes nothing",
+        commands: |_| Ok(vec![Cmd::line("cargo fmt --all --check")]),
+        ..ROW
+    },
+    Tier {
+        name: "clippy",
+        what: "no warnings in any host target",
+        commands: |_| {
+            let clippy = "cargo clippy --workspace --exclude ioregion-ebpf --all-targets";
+            Ok(vec![Cmd::line(clippy).args(["--", "-D", "warnings"])])
+        },
+        ..ROW
+    },
+    Tier {
+        name: "clippy-ebpf",
+        what: "no warnings in the eBPF program",
+        ebpf: true,
+        commands: |host| Ok(ebpf::lint(host.tools()?, host.root)),
+        ..ROW
+    },
+    Tier {
+        name: "rustdoc",
+        what: "documentation builds without warnings",
+        commands: |_| {
+            let doc = "cargo doc --workspace --exclude ioregion-ebpf --no-deps";
+            Ok(vec![Cmd::line(doc).env("RUSTDOCFLAGS", "-D warnings")])
+        },
+        ..ROW
+    },
+    Tier {
+        name: "unit",
+        what: "unit and integration tests that need no guest",
+        counts: true,
+        commands: |_| {
+            let runner = match which("cargo-nextest") {
+                Some(_) => "cargo nextest run",
+                None => "cargo test",
+            };
+            let tests = "--workspace --exclude ioregion-ebpf --exclude ioregion-conformance \
+                         --lib --bins --examples --tests";
+            Ok(vec![Cmd::line(runner).args(tests.split_whitespace())])
+        },
+        ..ROW
+    },
+    Tier {
+        name: "doc",
+        what: "examples in the documentation",
+        counts: true,
+        commands: |_| {
+            let doc = "cargo test --doc --workspace --exclude ioregion-ebpf";
+            Ok(vec![Cmd::line(doc)])
+        },
+        ..ROW
+    },
+    Tier {
+        name: "model",
+        what: "wake-up arming under every interleaving (loom)",
+        counts: true,
+        commands: |_| {
+            let test = "cargo test -p ioregion-dispatch --release --test loom_* \
+                        --target-dir target/loom";
+            Ok(vec![Cmd::line(test).env("RUSTFLAGS", "--cfg loom")])
+        },
+        ..ROW
+    },
+    Tier {
+        name: "miri",
+        what: "byte layouts under Miri",
+        counts: true,
+        optional: true,
+        needs: |_| miri().map(drop),
+        commands: |_| {
+            let test = "cargo +nightly miri test -p ioregion-abi --target-dir target/miri";
+            Ok(vec![Cmd::line(test).scrubbed()])
+        },
+        ..ROW
+    },
+    Tier {
+        name: "conformance",
+        what: "every mechanism against real guests",
+        counts: true,
+        ebpf: true,
+        needs: guests,
+        commands: |_| Ok(vec![conformance()]),
+        ..ROW
+    },
+    Tier {
+        name: "conformance-soak",
+        what: "the conformance suite at its full lengths",
+        full: true,
+        counts: true,
+        ebpf: true,
+        needs: guests,
+        commands: |_| Ok(vec![conformance().env("IOREGION_FULL", "1")]),
+        ..ROW
+    },
+    Tier {
+        name: "bench-smoke",
+        what: "every scenario of the benchmark measures",
+        ebpf: true,
+        needs: guests,
+        commands: |_| {
+            let run = "cargo run --release -p ioregion-bench -- run --smoke";
+            Ok(vec![Cmd::line(run)])
+        },
+        ..ROW
+    },
+];
+
+impl Host<'_> {
+    fn tools(&self) -> Result<&BpfTools, Missing> {
+        self.tools.as_ref().map_err(Clone::clone)
+    }
+}
+
+fn conformance() -> Cmd {
+    Cmd::line("cargo test -p ioregion-conformance --release -- --test-threads=1")
+}
+
+/// A usable `/dev/kvm`, the right to load eBPF programs, and the built object.
+fn guests(host: &Host) -> Result<(), Missing> {
+    kvm()?;
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    bpf_privileges(&status)?;
+    host.tools()?;
+    let object = ebpf::object(host.root, false);
+    if !object.exists() {
+        let reason = format!("{} was not built", object.display());
+        return Err(Missing::new(reason, "`cargo xtask build-ebpf`"));
+    }
+    Ok(())
+}
+
+/// Whether guests can be run.
+fn kvm() -> Result<(), Missing> {
+    let open = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm");
+    open.map(drop).map_err(|error| {
+        Missing::new(
+            format!("/dev/kvm cannot be opened for reading and writing: {error}"),
+            "load the kvm module of this CPU, or give this user access to /dev/kvm",
+        )
+    })
+}
+
+/// Whether the effective capabilities in `/proc/self/status` allow tracing programs.
+fn bpf_privileges(status: &str) -> Result<(), Missing> {
+    const SYS_ADMIN: u64 = 1 << 21;
+    const PERFMON_AND_BPF: u64 = 1 << 38 | 1 << 39;
+    let capabilities = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
+        .unwrap_or(0);
+    if capabilities & SYS_ADMIN != 0 || capabilities & PERFMON_AND_BPF == PERFMON_AND_BPF {
+        return Ok(());
+    }
+    Err(Missing::new(
+        "this process may not load eBPF programs (neither CAP_SYS_ADMIN nor CAP_BPF with CAP_PERFMON)",
+        "run as root",
+    ))
+}
+
+/// Where Miri can run: a nightly toolchain with Miri and the sources it interprets.
+pub fn miri() -> Result<String, Missing> {
+    let nightly = sysroots().into_iter().find(|sysroot| {
+        let name = sysroot.file_name().unwrap_or_default();
+        name.to_string_lossy().starts_with("nightly")
+    });
+    let enable = "`rustup toolchain install nightly --component miri rust-src`";
+    let Some(sysroot) = nightly else {
+        return Err(Missing::new("rustup has no nightly toolchain", enable));
+    };
+    for (present, part) in [
+        (sysroot.join("bin/cargo-miri").exists(), "Miri"),
+        (has_rust_src(&sysroot), "rust-src"),
+    ] {
+        if !present {
+            let reason = format!("{} has no {part}", sysroot.display());
+            return Err(Missing::new(reason, enable));
+        }
+    }
+    Ok(sysroot.display().to_string())
+}
+
+/// Runs the tiers (only `only` where given) and prints their table; an error where one failed.
+pub fn run(root: &Path, full: bool, only: Option<&str>) -> Result<()> {
+    let ci = std::env::var("CI").is_ok_and(|value| value == "true");
+    let chosen: Vec<&Tier> = TIERS
+        .iter()
+        .filter(|tier| match only {
+            Some(name) => tier.name == name,
+            None => full || !tier.full,
+        })
+        .collect();
+    if chosen.is_empty() {
+        let names: Vec<&str> = TIERS.iter().map(|tier| tier.name).collect();
+        bail!(
+            "no such tier: {}; there are: {}",
+            only.unwrap_or_default(),
+            names.join(", ")
+        );
+    }
+    let mut results = Vec::new();
+    let mut host = Host {
+        root,
+        tools: Err(Missing::new("not looked for", "`cargo xtask setup`")),
+    };
+    if chosen.iter().any(|tier| tier.ebpf) {
+        let started = Instant::now();
+        let outcome = match prepare(&mut host) {
+            Ok(()) => Outcome::Passed(String::new()),
+            Err(error) => match error.downcast::<Missing>() {
+                Ok(missing) => cannot_run(&missing, ci),
+                Err(error) => Outcome::Failed(format!("{error:#}")),
+            },
+        };
+        announce("build-ebpf", &outcome);
+        results.push(("build-ebpf", outcome, started.elapsed().as_secs_f64()));
+    }
+    for tier in chosen {
+        println!("\n== {}: {}", tier.name, tier.what);
+        let started = Instant::now();
+        let outcome = run_tier(tier, &host, ci);
+        announce(tier.name, &outcome);
+        results.push((tier.name, outcome, started.elapsed().as_secs_f64()));
+    }
+    let (text, failed) = summary(&results);
+    print!("\n{text}");
+    if failed > 0 {
+        // The last line stays the sum of the tiers.
+        std::process::exit(1);
+    }
+    Ok(())
+}
+
+/// Set-up, then the eBPF object.
+fn prepare(host: &mut Host) -> Result<()> {
+    match setup::setup() {
+        Ok(tools) => {
+            let built = ebpf::build(&tools, host.root, false);
+            host.tools = Ok(tools);
+            built
+        }
+        Err(error) => {
+            host.tools = Err(match error.downcast_ref::<Missing>() {
+                Some(missing) => missing.clone(),
+                None => Missing::new(format!("set-up failed: {error:#}"), "`cargo xtask setup`"),
+            });
+            Err(error)
+        }
+    }
+}
+
+fn announce(name: &str, outcome: &Outcome) {
+    match outcome {
+        Outcome::Passed(_) => println!("== {name}: passed"),
+        Outcome::Failed(why) => println!("== {name}: FAILED: {why}"),
+        Outcome::Skipped(why) => println!("== {name}: skipped: {why}"),
+    }
+}
+
+/// A tier that cannot run is skipped, but fails where everything is expected to be there.
+fn cannot_run(missing: &Missing, must: bool) -> Outcome {
+    let why = format!("{}; enable: {}", missing.reason, missing.enable);
+    if must {
+        Outcome::Failed(format!("cannot run: {why}"))
+    } else {
+        Outcome::Skipped(why)
+    }
+}
+
+fn run_tier(tier: &Tier, host: &Host, ci: bool) -> Outcome {
+    let must = ci && !tier.optional;
+    let commands = match (tier.needs)(host).and_then(|()| (tier.commands)(host)) {
+        Ok(commands) => commands,
+        Err(missing) => return cannot_run(&missing, must),
+    };
+    let mut tests = 0;
+    for cmd in commands {
+        let cmd = cmd.dir(host.root);
+        let outcome = if tier.counts {
+            cmd.run_watched(|line| tests += tests_in(line).unwrap_or(0))
+        } else {
+            cmd.run().map(|()| true)
+        };
+        match outcome {
+            Ok(true) => {}
+            Ok(false) => return Outcome::Failed(format!("`{cmd}` failed")),
+            Err(error) => return Outcome::Failed(format!("{error:#}")),
+        }
+    }
+    match tests {
+        0 if tier.counts => Outcome::Failed("no test ran".into()),
+        0 => Outcome::Passed(String::new()),
+        _ => Outcome::Passed(format!("tests: {tests}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn host() -> Host<'static> {
+        Host {
+            root: Path::new("/"),
+            tools: Err(Missing::new("no tools", "install them")),
+        }
+    }
+
+    #[test]
+    fn tier_without_tests_fails() {
+        let empty = Tier {
+            counts: true,
+            commands: |_| Ok(vec![Cmd::line("echo test result: ok. 0 passed; 0 failed;")]),
+            ..ROW
+        };
+        assert_eq!(
+            run_tier(&empty, &host(), false),
+            Outcome::Failed("no test ran".into())
+        );
+    }
+
+    #[test]
+    fn tier_reports_how_many_tests_ran_over_all_its_binaries() {
+        let tier = Tier {
+            counts: true,
+            commands: |_| {
+                let line = "echo test result: ok. 2 passed; 0 failed;";
+                Ok(vec![Cmd::line(line), Cmd::line(line)])
+            },
+            ..ROW
+        };
+        assert_eq!(
+            run_tier(&tier, &host(), true),
+            Outcome::Passed("tests: 4".into())
+        );
+    }
+
+    #[test]
+    fn tier_with_a_failing_command_fails() {
+        let tier = Tier {
+            counts: true,
+            commands: |_| Ok(vec![Cmd::line("false")]),
+            ..ROW
+        };
+        let outcome = run_tier(&tier, &host(), false);
+        assert!(matches!(outcome, Outcome::Failed(_)), "{outcome:?}");
+    }
+
+    #[test]
+    fn tier_that_cannot_run_is_skipped_but_fails_in_ci_unless_optional() {
+        const NEEDY: Tier = Tier {
+            needs: |host| host.tools().map(drop),
+            ..ROW
+        };
+        let why = "no tools; enable: install them";
+        assert_eq!(
+            run_tier(&NEEDY, &host(), false),
+            Outcome::Skipped(why.into())
+        );
+        assert_eq!(
+            run_tier(&NEEDY, &host(), true),
+            Outcome::Failed(format!("cannot run: {why}"))
+        );
+        let optional = Tier {
+            optional: true,
+            ..NEEDY
+        };
+        assert_eq!(
+            run_tier(&optional, &host(), true),
+            Outcome::Skipped(why.into())
+        );
+    }
+
+    #[test]
+    fn privileges_are_read_from_the_effective_capabilities() {
+        let with = |capabilities: u64| bpf_privileges(&format!("CapEff:\t{capabilities:016x}\n"));
+        assert!(with(1 << 21).is_ok());
+        assert!(with(1 << 38 | 1 << 39).is_ok());
+        assert!(with(1 << 39).is_err());
+        assert!(bpf_privileges("").is_err());
+    }
+
+    #[test]
+    fn tier_names_are_unique() {
+        let mut names: Vec<&str> = TIERS.iter().map(|tier| tier.name).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), TIERS.len());
+    }
+}
