@@ -1,0 +1,156 @@
+//! Delivery of one matched doorbell: slot, dirty bit, wake-up.
+
+use core::{
+    arch::asm,
+    ptr::{read_volatile, write_volatile},
+};
+
+use aya_ebpf::bindings::BPF_RB_FORCE_WAKEUP;
+use ioregion_abi::bpf::{CONTROL_ARM, CONTROL_DIRTY, MatchEntry, VcpuRecord};
+
+use crate::maps::{CONTROLS, SLOTS, WAKERS};
+
+/// Adds to a shared word and returns the old value; a full barrier.
+///
+/// # Safety
+///
+/// `word` points to a live, aligned map element.
+#[inline(always)]
+unsafe fn fetch_add(word: *mut u64, mut value: u64) -> u64 {
+    // SAFETY: The caller vouches for the pointer; the verifier checks it again.
+    unsafe {
+        asm!(
+            "{value} = atomic_fetch_add((u64 *)({word} + 0), {value})",
+            word = in(reg) word,
+            value = inout(reg) value,
+        );
+    }
+    value
+}
+
+/// Sets bits of a shared word and returns the old value; a full barrier.
+///
+/// # Safety
+///
+/// As for [`fetch_add`].
+#[inline(always)]
+unsafe fn fetch_or(word: *mut u64, mut value: u64) -> u64 {
+    // SAFETY: As for `fetch_add`.
+    unsafe {
+        asm!(
+            "{value} = atomic_fetch_or((u64 *)({word} + 0), {value})",
+            word = in(reg) word,
+            value = inout(reg) value,
+        );
+    }
+    value
+}
+
+/// Exchanges a shared word and returns the old value; a full barrier.
+///
+/// # Safety
+///
+/// As for [`fetch_add`].
+#[inline(always)]
+unsafe fn exchange(word: *mut u64, mut value: u64) -> u64 {
+    // SAFETY: As for `fetch_add`.
+    unsafe {
+        asm!(
+            "{value} = xchg_64({word} + 0, {value})",
+            word = in(reg) word,
+            value = inout(reg) value,
+        );
+    }
+    value
+}
+
+/// Stores the value of a doorbell and wakes its task as the entry says.
+///
+/// Returns whether the value is in the slot.
+#[inline(always)]
+pub fn doorbell(entry: &MatchEntry, data: u64, record: &mut VcpuRecord) -> bool {
+    let stored = entry.flags & MatchEntry::STORE != 0 && store(entry, data, record);
+    if entry.flags & MatchEntry::STORE == 0 {
+        announce(entry.port, record);
+    }
+    wake(entry.port, entry.flags, record);
+    stored
+}
+
+/// Tells the task that drains the coalesced ring that one more write is on its way there.
+#[inline(always)]
+pub fn zone_write(port: u32, record: &mut VcpuRecord) {
+    announce(port, record);
+    wake(port, MatchEntry::WAKE_ARMED, record);
+}
+
+#[inline(always)]
+fn store(entry: &MatchEntry, data: u64, record: &mut VcpuRecord) -> bool {
+    let Some(slot) = SLOTS.get_value_ptr_mut(entry.port, &entry.slot) else {
+        record.misdirected += 1;
+        return false;
+    };
+    let word = CONTROL_DIRTY + entry.slot / 64;
+    let Some(dirty) = CONTROLS.get_value_ptr_mut(entry.port, &word) else {
+        record.misdirected += 1;
+        return false;
+    };
+    let bit = 1 << (entry.slot % 64);
+    // SAFETY: `slot` is a live element: the maps of a port are never freed while the program can
+    // reach them. The value is one aligned word, so it is never seen torn; the atomic add orders
+    // it before the sequence, and the sequence before the dirty bit.
+    unsafe {
+        write_volatile(&raw mut (*slot).value, data);
+        fetch_add(&raw mut (*slot).sequence, 1);
+    }
+    // SAFETY: `dirty` is a live element. If the bit is seen set after the full barrier above,
+    // the task has not taken it yet and will read the new sequence when it does.
+    unsafe {
+        if read_volatile(dirty) & bit != 0 || fetch_or(dirty, bit) & bit != 0 {
+            record.overrun += 1;
+        }
+    }
+    true
+}
+
+/// Slot 0 of a draining port counts the writes that are on their way into the coalesced ring.
+#[inline(always)]
+fn announce(port: u32, record: &mut VcpuRecord) {
+    match SLOTS.get_value_ptr_mut(port, &0) {
+        // SAFETY: As in `store`.
+        Some(slot) => unsafe {
+            fetch_add(&raw mut (*slot).sequence, 1);
+        },
+        None => record.misdirected += 1,
+    }
+}
+
+#[inline(always)]
+fn wake(port: u32, flags: u32, record: &mut VcpuRecord) {
+    if flags & MatchEntry::WAKE_ALWAYS == 0 {
+        if flags & MatchEntry::WAKE_ARMED == 0 {
+            return;
+        }
+        let Some(arm) = CONTROLS.get_value_ptr_mut(port, &CONTROL_ARM) else {
+            record.misdirected += 1;
+            return;
+        };
+        // SAFETY: `arm` is a live element. The read comes after a full barrier (the atomic
+        // operations of `store` and `announce`), which pairs with the fence of the task between
+        // arming and looking at its slots once more.
+        let armed = unsafe { read_volatile(arm) != 0 && exchange(arm, 0) != 0 };
+        if !armed {
+            return;
+        }
+    }
+    let sent = WAKERS
+        .get(port)
+        .is_some_and(|waker| waker.output(&0_u64, BPF_RB_FORCE_WAKEUP.into()).is_ok());
+    if sent {
+        record.wakeups += 1;
+    } else {
+        // The ring buffer is full of wake-ups that the task has not consumed, so it is
+        // readable and the task cannot be asleep on it.
+        record.wakeups_refused += 1;
+    }
+}
