@@ -1,0 +1,410 @@
+//! The claims: which figure of a run is held against which bar.
+//!
+//! [`CLAIMS`] is the only place that knows them; everything is evaluated from
+//! the scenarios of one results file.
+
+use std::fmt;
+
+use crate::results::{Claim, Mechanism, Ratio, Results, Scenario};
+use crate::stats;
+
+/// A row of the claims table before it is measured.
+#[derive(Debug)]
+pub struct ClaimDef {
+    /// Stable id.
+    pub id: &'static str,
+    /// What is claimed, in words.
+    pub text: &'static str,
+    /// What the figure is held against.
+    pub bar: Bar,
+    /// How the figure is made.
+    pub how: How,
+}
+
+/// What a figure is held against.
+#[derive(Debug, Clone, Copy)]
+pub enum Bar {
+    /// Holds at or below.
+    AtMost(f64),
+    /// Holds at or above.
+    AtLeast(f64),
+    /// Only printed.
+    None,
+}
+
+impl Bar {
+    fn value(self) -> Option<f64> {
+        match self {
+            Self::AtMost(bar) | Self::AtLeast(bar) => Some(bar),
+            Self::None => None,
+        }
+    }
+
+    fn met_by(self, value: f64) -> Option<bool> {
+        match self {
+            Self::AtMost(bar) => Some(value <= bar),
+            Self::AtLeast(bar) => Some(value >= bar),
+            Self::None => None,
+        }
+    }
+}
+
+impl fmt::Display for Bar {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::AtMost(bar) => write!(f, "≤ {bar}"),
+            Self::AtLeast(bar) => write!(f, "≥ {bar}"),
+            Self::None => write!(f, "–"),
+        }
+    }
+}
+
+/// How a claim's figure is made. Scenarios go by name.
+#[derive(Debug)]
+pub enum How {
+    /// vCPU time per access of the first over the second, paired within rounds.
+    Ratio(&'static str, &'static str),
+    /// What `with` costs more than `without`, as a share of `without`.
+    Added {
+        /// The dearer scenario.
+        with: &'static str,
+        /// The same without the thing whose cost is asked.
+        without: &'static str,
+    },
+    /// Anything else.
+    Figure(fn(&Results) -> Outcome),
+    /// Holds where all of these (earlier) claims hold; its figure is the largest of theirs.
+    AllOf(&'static [&'static str]),
+}
+
+/// A figure, or the words that say why there is none.
+pub type Outcome = Result<Figure, String>;
+
+/// A measured figure.
+#[derive(Debug)]
+pub struct Figure {
+    /// Its value.
+    pub value: f64,
+    /// Its 95 % interval, where it is an estimate.
+    pub ci95: Option<[f64; 2]>,
+    /// What to read beside it.
+    pub note: String,
+}
+
+/// Every claim that a run of this benchmark can decide.
+pub const CLAIMS: &[ClaimDef] = &[
+    ClaimDef {
+        id: "ebpf-ioeventfd-sink-vs-ioeventfd",
+        text: "vCPU time per posted doorbell: ebpf with ioeventfd sink (value delivered) / plain ioeventfd (value lost)",
+        bar: Bar::AtMost(1.10),
+        how: How::Ratio("ebpf-ioeventfd/posted", "ioeventfd/posted"),
+    },
+    ClaimDef {
+        id: "ebpf-coalesced-polled-vs-ioeventfd",
+        text: "vCPU time per posted doorbell: ebpf with coalesced sink, device polling / plain ioeventfd with a reader",
+        bar: Bar::AtMost(0.95),
+        how: How::Figure(polled_vs_ioeventfd),
+    },
+    ClaimDef {
+        id: "ebpf-vs-forward",
+        text: "vCPU time per posted doorbell: ebpf (ioeventfd sink) / forward over a stream socketpair",
+        bar: Bar::AtMost(0.12),
+        how: How::Ratio("ebpf-ioeventfd/posted", "forward-stream/posted"),
+    },
+    ClaimDef {
+        id: "ebpf-vs-forward-best",
+        text: "the same / forward on its best transport",
+        bar: Bar::None,
+        how: How::Figure(vs_best_forward),
+    },
+    ClaimDef {
+        id: "ebpf-10k-doorbells-vs-1",
+        text: "vCPU time per posted doorbell: ebpf with 10,000 doorbells / with 1",
+        bar: Bar::AtMost(1.15),
+        how: How::Ratio("ebpf-ioeventfd/posted@10000", "ebpf-ioeventfd/posted@1"),
+    },
+    ClaimDef {
+        id: "ebpf-bystander",
+        text: "cost added to a userspace exit of another VM while the program is attached / a userspace exit",
+        bar: Bar::AtMost(0.05),
+        how: How::Added {
+            with: "bystander/exit+attached",
+            without: "bystander/exit",
+        },
+    },
+    ClaimDef {
+        id: "ebpf-bystander-own-access",
+        text: "cost added to an in-kernel access of another VM while the program is attached / that access",
+        bar: Bar::None,
+        how: How::Added {
+            with: "bystander/ioeventfd+attached",
+            without: "bystander/ioeventfd",
+        },
+    },
+    ClaimDef {
+        id: "ebpf-exits-ioeventfd-sink",
+        text: "userspace exits per ebpf doorbell, ioeventfd sink",
+        bar: Bar::AtMost(0.0),
+        how: How::Figure(|results| most_exits(results, "ioeventfd")),
+    },
+    ClaimDef {
+        id: "ebpf-exits-coalesced",
+        text: "userspace exits per ebpf doorbell, coalesced sink, drained",
+        bar: Bar::AtMost(0.01),
+        how: How::Figure(|results| most_exits(results, "coalesced")),
+    },
+    ClaimDef {
+        id: "ebpf-exits",
+        text: "userspace exits per ebpf doorbell, each sink within its bar",
+        bar: Bar::None,
+        how: How::AllOf(&["ebpf-exits-ioeventfd-sink", "ebpf-exits-coalesced"]),
+    },
+    ClaimDef {
+        id: "integrity",
+        text: "lost, doubled or reordered accesses over all scenarios",
+        bar: Bar::AtMost(0.0),
+        how: How::Figure(wrong_accesses),
+    },
+];
+
+/// Fills in the ratios and the claims of a finished run.
+pub fn complete(results: &mut Results) {
+    results.ratios = ratios(results);
+    results.claims = evaluate(results);
+}
+
+/// Evaluates [`CLAIMS`] over the scenarios of one run.
+pub fn evaluate(results: &Results) -> Vec<Claim> {
+    evaluate_table(CLAIMS, results)
+}
+
+fn evaluate_table(table: &[ClaimDef], results: &Results) -> Vec<Claim> {
+    let mut claims: Vec<Claim> = Vec::with_capacity(table.len());
+    for def in table {
+        let outcome = match def.how {
+            How::Ratio(of, over) => ratio(results, of, over),
+            How::Added { with, without } => added(results, with, without),
+            How::Figure(figure) => figure(results),
+            How::AllOf(parts) => {
+                let claim = all_of(def, &claims, parts);
+                claims.push(claim);
+                continue;
+            }
+        };
+        claims.push(claim(def, outcome));
+    }
+    claims
+}
+
+fn claim(def: &ClaimDef, outcome: Outcome) -> Claim {
+    let bar = def.bar.value();
+    let (value, ci95, holds, note) = match outcome {
+        Ok(Figure {
+            value,
+            ci95,
+            mut note,
+        }) => {
+            let crosses = |[low, high]: [f64; 2]| bar.is_some_and(|bar| low < bar && bar < high);
+            if ci95.is_some_and(crosses) {
+                let separator = if note.is_empty() { "" } else { "; " };
+                note += separator;
+                note += "the interval crosses the bar";
+            }
+            (Some(value), ci95, def.bar.met_by(value), note)
+        }
+        Err(note) => (None, None, None, note),
+    };
+    Claim {
+        id: def.id.into(),
+        text: def.text.into(),
+        value,
+        ci95,
+        bar,
+        holds,
+        note,
+    }
+}
+
+fn all_of(def: &ClaimDef, earlier: &[Claim], ids: &[&str]) -> Claim {
+    let parts: Vec<&Claim> = earlier
+        .iter()
+        .filter(|c| ids.contains(&c.id.as_str()))
+        .collect();
+    let values: Option<Vec<f64>> = parts.iter().map(|c| c.value).collect();
+    let holds = if parts.iter().any(|c| c.holds == Some(false)) {
+        Some(false)
+    } else {
+        parts.iter().all(|c| c.holds == Some(true)).then_some(true)
+    };
+    Claim {
+        id: def.id.into(),
+        text: def.text.into(),
+        value: values.and_then(|v| v.into_iter().reduce(f64::max)),
+        ci95: None,
+        bar: None,
+        holds,
+        note: format!("the largest of {}", ids.join(", ")),
+    }
+}
+
+/// The scenario, if its figures may be used.
+fn usable<'a>(results: &'a Results, name: &str) -> Result<&'a Scenario, String> {
+    let Some(scenario) = results.scenario(name) else {
+        let unavailable = |m: &&Mechanism| !m.available && name.starts_with(&m.name);
+        let because = results.mechanisms.iter().find(unavailable);
+        let because = because.map_or(String::new(), |m| format!(" ({}: {})", m.name, m.reason));
+        return Err(format!("not measured: {name}{because}"));
+    };
+    match scenario.wrong() {
+        0 => Ok(scenario),
+        n => Err(format!(
+            "withheld: {n} accesses of {name} were lost, doubled or reordered"
+        )),
+    }
+}
+
+fn paired(results: &Results, of: &str, over: &str) -> Result<Vec<f64>, String> {
+    let (of, over) = (usable(results, of)?, usable(results, over)?);
+    stats::paired_ratios(&of.round_means_ns, &over.round_means_ns)
+        .map_err(|e| format!("not paired: {} / {}: {e}", of.name, over.name))
+}
+
+fn ratio(results: &Results, of: &str, over: &str) -> Outcome {
+    let estimate = stats::estimate(&paired(results, of, over)?, results.provenance.seed)
+        .ok_or_else(|| "not measured: no rounds".to_owned())?;
+    figure(estimate, estimate.median)
+}
+
+/// `(with - without) / without` is `with / without - 1`; its interval is judged
+/// against the whole access, not against the small share that it is.
+fn added(results: &Results, with: &str, without: &str) -> Outcome {
+    let shares: Vec<f64> = paired(results, with, without)?
+        .iter()
+        .map(|r| r - 1.0)
+        .collect();
+    let estimate = stats::estimate(&shares, results.provenance.seed)
+        .ok_or_else(|| "not measured: no rounds".to_owned())?;
+    figure(estimate, 1.0)
+}
+
+fn figure(estimate: stats::Estimate, scale: f64) -> Outcome {
+    match estimate.noise(scale) {
+        Some(noise) => Err(noise.to_string()),
+        None => Ok(Figure {
+            value: estimate.median,
+            ci95: Some(estimate.ci95),
+            note: String::new(),
+        }),
+    }
+}
+
+fn polled_vs_ioeventfd(results: &Results) -> Outcome {
+    let (polled, plain) = ("ebpf-coalesced-polled/posted", "ioeventfd/posted");
+    let mut figure = ratio(results, polled, plain)?;
+    let beside = |name| {
+        let scenario = usable(results, name)?;
+        let notify = scenario
+            .notify_ns
+            .map_or("not measured".into(), |n| format!("{} ns", n.p50));
+        let cpu = scenario.cpu_ns_per_access.total();
+        Ok::<_, String>(format!(
+            "CPU {cpu:.0} ns per access, notification p50 {notify}"
+        ))
+    };
+    figure.note = format!("polled: {}; plain: {}", beside(polled)?, beside(plain)?);
+    Ok(figure)
+}
+
+fn vs_best_forward(results: &Results) -> Outcome {
+    let posted = |s: &&Scenario| {
+        s.name.starts_with("forward-") && s.name.ends_with("/posted") && s.wrong() == 0
+    };
+    let best = results
+        .scenarios
+        .iter()
+        .filter(posted)
+        .min_by_key(|s| s.vcpu_ns.p50);
+    let best = best.ok_or("not measured: forward-*/posted")?;
+    let mut figure = ratio(results, "ebpf-ioeventfd/posted", &best.name)?;
+    figure.note = format!("best transport: {}", best.name);
+    Ok(figure)
+}
+
+fn most_exits(results: &Results, sink: &str) -> Outcome {
+    let doorbells = results.scenarios.iter().filter(|s| {
+        s.mechanism == "ebpf" && s.sink.as_deref() == Some(sink) && s.operation == "posted"
+    });
+    let most = doorbells.max_by(|a, b| a.exits_per_access.total_cmp(&b.exits_per_access));
+    let most = most.ok_or_else(|| format!("not measured: ebpf with {sink} sink"))?;
+    Ok(Figure {
+        value: most.exits_per_access,
+        ci95: None,
+        note: format!("most: {}", most.name),
+    })
+}
+
+fn wrong_accesses(results: &Results) -> Outcome {
+    if results.scenarios.is_empty() {
+        return Err("not measured: no scenarios".into());
+    }
+    let wrong: Vec<&Scenario> = results.scenarios.iter().filter(|s| s.wrong() > 0).collect();
+    let names: Vec<&str> = wrong.iter().map(|s| s.name.as_str()).collect();
+    let note = match names.len() {
+        0 => format!("{} scenarios", results.scenarios.len()),
+        _ => format!("in {}", names.join(", ")),
+    };
+    let value = wrong
+        .iter()
+        .fold(0u64, |sum, s| sum.saturating_add(s.wrong())) as f64;
+    Ok(Figure {
+        value,
+        ci95: None,
+        note,
+    })
+}
+
+/// The ratio of every scenario to its natural baseline in the same run.
+pub fn ratios(results: &Results) -> Vec<Ratio> {
+    let with_baseline = |s: &Scenario| {
+        let denominator = baseline(&s.name).filter(|b| results.scenario(b).is_some())?;
+        let (value, ci95, note) = match ratio(results, &s.name, &denominator) {
+            Ok(figure) => (Some(figure.value), figure.ci95, figure.note),
+            Err(note) => (None, None, note),
+        };
+        Some(Ratio {
+            numerator: s.name.clone(),
+            denominator,
+            value,
+            ci95,
+            note,
+        })
+    };
+    results.scenarios.iter().filter_map(with_baseline).collect()
+}
+
+/// What a scenario is compared with: itself with one doorbell, without its
+/// variant or without the attached program; else the plain mechanism of stock
+/// KVM for that operation.
+fn baseline(name: &str) -> Option<String> {
+    if let Some((one, doorbells)) = name.split_once('@') {
+        return (doorbells != "1").then(|| format!("{one}@1"));
+    }
+    if let Some(without) = name.strip_suffix("+attached") {
+        return Some(without.into());
+    }
+    let mut parts = name.splitn(3, '/');
+    let (mechanism, operation) = (parts.next()?, parts.next()?);
+    if parts.next().is_some() {
+        return Some(format!("{mechanism}/{operation}"));
+    }
+    let plain = match operation {
+        "posted" => "ioeventfd/posted",
+        "write" => "kvm-run/write",
+        "read" => "kvm-run/read",
+        _ => return None,
+    };
+    (name != plain).then(|| plain.into())
+}
+
+#[cfg(test)]
+mod tests;

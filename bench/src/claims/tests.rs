@@ -1,0 +1,188 @@
+use super::*;
+use crate::synthetic::{results, scenario, set};
+
+fn claim_of(results: &Results, id: &str) -> Claim {
+    evaluate(results).into_iter().find(|c| c.id == id).unwrap()
+}
+
+#[test]
+fn claim_at_or_below_its_bar_holds() {
+    let c = claim_of(&results(), "ebpf-ioeventfd-sink-vs-ioeventfd");
+    assert_eq!((c.holds, c.bar), (Some(true), Some(1.10)));
+    assert!((c.value.unwrap() - 1.05).abs() < 1e-9);
+    assert!(c.ci95.is_some());
+    assert!(evaluate(&results()).iter().all(|c| c.holds != Some(false)));
+}
+
+#[test]
+fn missed_bar_does_not_hold_and_keeps_its_figure() {
+    let mut r = results();
+    set(&mut r, "ebpf-coalesced-polled/posted", |s| {
+        s.round_means_ns.iter_mut().for_each(|ns| *ns *= 1.2);
+    });
+    let c = claim_of(&r, "ebpf-coalesced-polled-vs-ioeventfd");
+    assert_eq!(c.holds, Some(false));
+    assert!((c.value.unwrap() - 1.08).abs() < 1e-9);
+    assert!(c.note.contains("notification p50"), "{}", c.note);
+}
+
+#[test]
+fn noisy_claim_has_no_figure_and_no_verdict() {
+    let mut r = results();
+    set(&mut r, "ebpf-ioeventfd/posted", |s| {
+        (0..)
+            .zip(&mut s.round_means_ns)
+            .for_each(|(i, ns)| *ns *= [0.4, 1.0, 2.5][i % 3]);
+    });
+    let c = claim_of(&r, "ebpf-ioeventfd-sink-vs-ioeventfd");
+    assert_eq!((c.value, c.ci95, c.holds), (None, None, None));
+    assert!(
+        c.note.starts_with("noisy") && c.note.contains("rounds would do"),
+        "{}",
+        c.note
+    );
+}
+
+#[test]
+fn absent_scenario_is_not_measured_and_says_why() {
+    let mut r = results();
+    r.scenarios.retain(|s| s.mechanism != "ebpf");
+    r.mechanisms.push(Mechanism {
+        name: "ebpf".into(),
+        available: false,
+        reason: "lockdown".into(),
+    });
+    let c = claim_of(&r, "ebpf-vs-forward");
+    assert_eq!((c.value, c.holds), (None, None));
+    assert_eq!(
+        c.note,
+        "not measured: ebpf-ioeventfd/posted (ebpf: lockdown)"
+    );
+    r.scenarios.clear();
+    for c in evaluate(&r) {
+        assert_eq!((c.value, c.holds), (None, None), "{}", c.id);
+    }
+}
+
+#[test]
+fn figures_of_scenarios_with_wrong_values_are_withheld() {
+    let mut r = results();
+    set(&mut r, "ioeventfd/posted", |s| s.duplicated = 2);
+    let c = claim_of(&r, "ebpf-ioeventfd-sink-vs-ioeventfd");
+    assert!(
+        c.value.is_none() && c.note.starts_with("withheld: 2 accesses"),
+        "{}",
+        c.note
+    );
+    let c = claim_of(&r, "integrity");
+    assert_eq!((c.value, c.holds), (Some(2.0), Some(false)));
+    assert_eq!(c.note, "in ioeventfd/posted");
+}
+
+#[test]
+fn best_forward_is_the_transport_with_the_smallest_median() {
+    let c = claim_of(&results(), "ebpf-vs-forward-best");
+    assert_eq!(c.note, "best transport: forward-mailbox-spin/posted");
+    assert_eq!((c.bar, c.holds), (None, None));
+    let mut r = results();
+    set(&mut r, "forward-mailbox-spin/posted", |s| s.reordered = 1);
+    assert_eq!(
+        claim_of(&r, "ebpf-vs-forward-best").note,
+        "best transport: forward-mailbox/posted"
+    );
+}
+
+#[test]
+fn exits_are_judged_by_the_worst_scenario_of_each_sink() {
+    let mut r = results();
+    set(&mut r, "ebpf-coalesced-armed/posted", |s| {
+        s.exits_per_access = 0.009
+    });
+    assert_eq!(claim_of(&r, "ebpf-exits").holds, Some(true));
+    assert_eq!(claim_of(&r, "ebpf-exits").value, Some(0.009));
+    set(&mut r, "ebpf-ioeventfd/posted@1000", |s| {
+        s.exits_per_access = 1e-6
+    });
+    let c = claim_of(&r, "ebpf-exits-ioeventfd-sink");
+    assert_eq!(c.holds, Some(false));
+    assert_eq!(c.note, "most: ebpf-ioeventfd/posted@1000");
+    assert_eq!(claim_of(&r, "ebpf-exits-coalesced").holds, Some(true));
+    assert_eq!(claim_of(&r, "ebpf-exits").holds, Some(false));
+}
+
+#[test]
+fn bystander_cost_is_a_share_of_the_access_and_may_be_below_zero() {
+    let mut r = results();
+    set(&mut r, "bystander/exit+attached", |s| {
+        s.round_means_ns.iter_mut().for_each(|ns| *ns *= 0.97)
+    });
+    let c = claim_of(&r, "ebpf-bystander");
+    assert!(
+        (c.value.unwrap() - (1.02 * 0.97 - 1.0)).abs() < 1e-9,
+        "{c:?}"
+    );
+    assert_eq!(c.holds, Some(true));
+}
+
+#[test]
+fn interval_that_crosses_the_bar_is_said() {
+    let mut r = results();
+    set(&mut r, "ebpf-ioeventfd/posted", |s| {
+        (0..)
+            .zip(&mut s.round_means_ns)
+            .for_each(|(i, ns)| *ns *= [1.0, 1.02, 1.08][i % 3]);
+    });
+    let c = claim_of(&r, "ebpf-ioeventfd-sink-vs-ioeventfd");
+    assert_eq!(
+        (c.holds, c.note.as_str()),
+        (Some(true), "the interval crosses the bar")
+    );
+}
+
+#[test]
+fn bars_bind_in_their_direction() {
+    assert_eq!(Bar::AtMost(1.0).met_by(1.0), Some(true));
+    assert_eq!(Bar::AtMost(1.0).met_by(1.1), Some(false));
+    assert_eq!(Bar::AtLeast(1.0).met_by(1.1), Some(true));
+    assert_eq!(Bar::AtLeast(1.0).met_by(0.9), Some(false));
+    assert_eq!(Bar::None.met_by(1.0), None);
+}
+
+#[test]
+fn unequal_rounds_are_not_paired() {
+    let mut r = results();
+    set(&mut r, "ioeventfd/posted", |s| s.round_means_ns.truncate(3));
+    assert!(
+        claim_of(&r, "ebpf-ioeventfd-sink-vs-ioeventfd")
+            .note
+            .starts_with("not paired")
+    );
+}
+
+#[test]
+fn every_scenario_is_compared_with_its_natural_baseline() {
+    let cases = [
+        ("ebpf-fifo/posted", Some("ioeventfd/posted")),
+        ("ioeventfd/posted", None),
+        ("forward-pipes/read", Some("kvm-run/read")),
+        ("forward-stream/write/process", Some("forward-stream/write")),
+        ("ioeventfd/posted@100", Some("ioeventfd/posted@1")),
+        ("ioeventfd/posted@1", None),
+        ("bystander/exit+attached", Some("bystander/exit")),
+        ("bystander/exit", None),
+        ("floor-ram-store", None),
+    ];
+    for (name, expected) in cases {
+        assert_eq!(baseline(name).as_deref(), expected, "{name}");
+    }
+    let mut r = results();
+    r.scenarios
+        .push(scenario("forward-stream/write/process", 40.0));
+    let all = ratios(&r);
+    let last = all.last().unwrap();
+    assert_eq!(
+        (last.numerator.as_str(), last.denominator.as_str()),
+        ("forward-stream/write/process", "forward-stream/write")
+    );
+    assert!(last.value.is_some());
+}
