@@ -1,0 +1,47 @@
+//! What has to be done with privileges: creating maps and changing the match table.
+
+use std::fmt;
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+use ioregion_abi::bpf::{MatchEntry, MatchKey, VcpuEntry, ZoneKey};
+
+/// The descriptors of a new port.
+#[derive(Debug)]
+pub(crate) struct PortFds {
+    pub(crate) port: u32,
+    /// The slots; user space cannot write through it.
+    pub(crate) slots: OwnedFd,
+    pub(crate) controls: OwnedFd,
+    pub(crate) ringbuf: OwnedFd,
+}
+
+/// Whoever holds the program: this process, or a privileged loader.
+pub(crate) trait Control: Send + Sync + fmt::Debug {
+    /// Makes the maps of a new port.
+    fn create_port(&self, slots: u32) -> io::Result<PortFds>;
+    /// Frees a port. Its slots stay readable for whoever has them mapped.
+    fn remove_port(&self, port: u32) -> io::Result<()>;
+    /// Adds entries to the match table; all or none.
+    fn insert(&self, entries: &[(MatchKey, MatchEntry)]) -> io::Result<()>;
+    /// Removes entries from the match table.
+    fn remove(&self, keys: &[MatchKey]) -> io::Result<()>;
+    /// Announces the writes to a page to a port, or to none.
+    fn set_zone(&self, page: ZoneKey, port: Option<u32>) -> io::Result<()>;
+    /// Says that a thread runs a vCPU from now on, or (`None`) no more.
+    fn bind(&self, thread: u32, vcpu: Option<VcpuEntry>) -> io::Result<()>;
+    /// A number for a new virtual machine.
+    fn new_vm(&self) -> io::Result<u32>;
+    /// The index of an unused vCPU record, zeroed.
+    fn new_record(&self) -> io::Result<u32>;
+    /// Gives a record back.
+    fn free_record(&self, record: u32) -> io::Result<()>;
+    /// The map of vCPU records.
+    fn records(&self) -> BorrowedFd<'_>;
+    /// The program that tells a thread's id.
+    fn whoami(&self) -> BorrowedFd<'_>;
+    /// How often the kernel skipped the programs because they were running already.
+    fn recursion_misses(&self) -> io::Result<u64>;
+    /// Becomes ready when the holder is gone, and with it the program.
+    fn hangup(&self) -> Option<BorrowedFd<'_>>;
+}

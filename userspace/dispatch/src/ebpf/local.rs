@@ -1,0 +1,284 @@
+//! The program held by this process, through aya.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, MapError};
+use aya::programs::{ProgramFd, RawTracePoint};
+use aya::{Ebpf, EbpfLoader};
+use aya_obj::generated::bpf_map_type::{BPF_MAP_TYPE_ARRAY, BPF_MAP_TYPE_RINGBUF};
+use ioregion_abi::bpf::{
+    MAX_PORTS, MAX_VCPUS, MatchEntry, MatchKey, Slot, VcpuEntry, VcpuRecord, ZoneKey, control_words,
+};
+
+use super::control::{Control, PortFds};
+use super::program::LoadError;
+use crate::sys::bpf;
+
+const BPF_F_MMAPABLE: u32 = 1 << 10;
+const BPF_F_INNER_MAP: u32 = 1 << 12;
+/// The smallest ring buffer: one page.
+const RINGBUF_LEN: u32 = 4096;
+/// The programs, and the raw tracepoints that they are attached to.
+const PROGRAMS: [&str; 2] = ["kvm_mmio", "kvm_pio"];
+
+/// The program and its maps.
+pub(crate) struct Local {
+    maps: Mutex<Maps>,
+    records: OwnedFd,
+    whoami: ProgramFd,
+    attached: Vec<ProgramFd>,
+    // Holds the links: dropping it detaches the programs.
+    _ebpf: Ebpf,
+}
+
+struct Maps {
+    vcpus: HashMap<MapData, u32, VcpuEntry>,
+    records: Array<MapData, VcpuRecord>,
+    doorbells: HashMap<MapData, MatchKey, MatchEntry>,
+    zones: HashMap<MapData, ZoneKey, u32>,
+    slots: ArrayOfMaps<MapData>,
+    controls: ArrayOfMaps<MapData>,
+    wakers: ArrayOfMaps<MapData>,
+    outer: [OwnedFd; 3],
+    ports: Numbers,
+    free_records: Numbers,
+    next_vm: u32,
+}
+
+impl std::fmt::Debug for Local {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Local").finish_non_exhaustive()
+    }
+}
+
+impl Local {
+    /// Loads and attaches the programs of an object file.
+    pub(crate) fn load(object: &[u8], max_doorbells: u32) -> Result<Self, LoadError> {
+        let mut ebpf = EbpfLoader::new()
+            .map_max_entries("DOORBELLS", max_doorbells)
+            .load(object)
+            .map_err(LoadError::load)?;
+        #[cfg(feature = "log")]
+        if let Err(error) = aya_log::EbpfLogger::init(&mut ebpf) {
+            tracing::debug!(%error, "the program was built without logging");
+        }
+        let whoami = program(&mut ebpf, "whoami")?.fd()?.try_clone().map_err(LoadError::Io)?;
+        let mut attached = Vec::new();
+        for name in PROGRAMS {
+            let program = program(&mut ebpf, name)?;
+            program.attach(name).map_err(|error| LoadError::attach(name, error))?;
+            attached.push(program.fd()?.try_clone().map_err(LoadError::Io)?);
+        }
+        let mut outer = Vec::new();
+        let mut take = |name: &'static str| {
+            let map = ebpf.take_map(name).ok_or(LoadError::Object { missing: name })?;
+            if let Map::ArrayOfMaps(data) = &map {
+                outer.push(data.fd().as_fd().try_clone_to_owned().map_err(LoadError::Io)?);
+            }
+            Ok::<_, LoadError>(map)
+        };
+        let records = take("RECORDS")?;
+        let records_fd = match &records {
+            Map::Array(data) => data.fd().as_fd().try_clone_to_owned().map_err(LoadError::Io)?,
+            _ => return Err(LoadError::Object { missing: "RECORDS" }),
+        };
+        let maps = Maps {
+            vcpus: take("VCPUS")?.try_into()?,
+            records: records.try_into()?,
+            doorbells: take("DOORBELLS")?.try_into()?,
+            zones: take("ZONES")?.try_into()?,
+            slots: take("SLOTS")?.try_into()?,
+            controls: take("CONTROLS")?.try_into()?,
+            wakers: take("WAKERS")?.try_into()?,
+            outer: outer.try_into().map_err(|_| LoadError::Object { missing: "arrays of maps" })?,
+            ports: Numbers::new(MAX_PORTS),
+            free_records: Numbers::new(MAX_VCPUS),
+            next_vm: 0,
+        };
+        Ok(Self { maps: Mutex::new(maps), records: records_fd, whoami, attached, _ebpf: ebpf })
+    }
+
+    fn maps(&self) -> MutexGuard<'_, Maps> {
+        self.maps.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut RawTracePoint, LoadError> {
+    let program = ebpf.program_mut(name).ok_or(LoadError::Object { missing: name })?;
+    let program: &mut RawTracePoint = program.try_into()?;
+    program.load().map_err(LoadError::verify)?;
+    Ok(program)
+}
+
+fn create(kind: u32, value: u32, entries: u32, flags: u32, name: &str) -> Result<MapData, MapError> {
+    let key = if kind == BPF_MAP_TYPE_RINGBUF as u32 { 0 } else { 4 };
+    MapData::create(aya_obj::Map::new_from_params(kind, key, value, entries, flags), name, None)
+}
+
+impl Control for Local {
+    fn create_port(&self, slots: u32) -> io::Result<PortFds> {
+        let array = |value: usize, entries, name| {
+            let flags = BPF_F_MMAPABLE | BPF_F_INNER_MAP;
+            create(BPF_MAP_TYPE_ARRAY as u32, value as u32, entries, flags, name).map_err(to_io)
+        };
+        let slots_map = array(size_of::<Slot>(), slots.max(1), "ioregion_slots")?;
+        let controls = array(size_of::<u64>(), control_words(slots), "ioregion_ctl")?;
+        let ringbuf = create(BPF_MAP_TYPE_RINGBUF as u32, 0, RINGBUF_LEN, 0, "ioregion_wake").map_err(to_io)?;
+        bpf::map_freeze(slots_map.fd().as_fd())?;
+        let fds = PortFds {
+            port: 0,
+            slots: slots_map.fd().as_fd().try_clone_to_owned()?,
+            controls: controls.fd().as_fd().try_clone_to_owned()?,
+            ringbuf: ringbuf.fd().as_fd().try_clone_to_owned()?,
+        };
+        let mut maps = self.maps();
+        let port = maps.ports.take()?;
+        let set = maps
+            .slots
+            .set(port, &slots_map, 0)
+            .and_then(|()| maps.controls.set(port, &controls, 0))
+            .and_then(|()| maps.wakers.set(port, &ringbuf, 0));
+        if let Err(error) = set {
+            maps.ports.give(port);
+            return Err(to_io(error));
+        }
+        Ok(PortFds { port, ..fds })
+    }
+
+    fn remove_port(&self, port: u32) -> io::Result<()> {
+        let mut maps = self.maps();
+        for outer in &maps.outer {
+            bpf::map_delete(outer.as_fd(), port)?;
+        }
+        maps.ports.give(port);
+        Ok(())
+    }
+
+    fn insert(&self, entries: &[(MatchKey, MatchEntry)]) -> io::Result<()> {
+        let mut maps = self.maps();
+        for (at, (key, entry)) in entries.iter().enumerate() {
+            if let Err(error) = maps.doorbells.insert(key, entry, 0) {
+                for (key, _) in &entries[..at] {
+                    let _ = maps.doorbells.remove(key);
+                }
+                return Err(to_io(error));
+            }
+        }
+        Ok(())
+    }
+
+    fn remove(&self, keys: &[MatchKey]) -> io::Result<()> {
+        let mut maps = self.maps();
+        for key in keys {
+            maps.doorbells.remove(key).or_else(absent).map_err(to_io)?;
+        }
+        Ok(())
+    }
+
+    fn set_zone(&self, page: ZoneKey, port: Option<u32>) -> io::Result<()> {
+        let mut maps = self.maps();
+        match port {
+            Some(port) => maps.zones.insert(page, port, 0),
+            None => maps.zones.remove(&page).or_else(absent),
+        }
+        .map_err(to_io)
+    }
+
+    fn bind(&self, thread: u32, vcpu: Option<VcpuEntry>) -> io::Result<()> {
+        let mut maps = self.maps();
+        match vcpu {
+            Some(vcpu) => maps.vcpus.insert(thread, vcpu, 0),
+            None => maps.vcpus.remove(&thread).or_else(absent),
+        }
+        .map_err(to_io)
+    }
+
+    fn new_vm(&self) -> io::Result<u32> {
+        let mut maps = self.maps();
+        maps.next_vm = maps.next_vm.checked_add(1).ok_or_else(|| io::Error::from(io::ErrorKind::StorageFull))?;
+        Ok(maps.next_vm)
+    }
+
+    fn new_record(&self) -> io::Result<u32> {
+        let mut maps = self.maps();
+        let record = maps.free_records.take()?;
+        maps.records.set(record, VcpuRecord::default(), 0).map_err(to_io)?;
+        Ok(record)
+    }
+
+    fn free_record(&self, record: u32) -> io::Result<()> {
+        self.maps().free_records.give(record);
+        Ok(())
+    }
+
+    fn records(&self) -> BorrowedFd<'_> {
+        self.records.as_fd()
+    }
+
+    fn whoami(&self) -> BorrowedFd<'_> {
+        self.whoami.as_fd()
+    }
+
+    fn recursion_misses(&self) -> io::Result<u64> {
+        let mut sum = 0;
+        for program in &self.attached {
+            let fd = program.as_fd().as_raw_fd();
+            let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}"))?;
+            let misses = info.lines().find_map(|line| line.strip_prefix("recursion_misses:"));
+            sum += misses.and_then(|n| n.trim().parse::<u64>().ok()).unwrap_or(0);
+        }
+        Ok(sum)
+    }
+
+    fn hangup(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+}
+
+fn absent(error: MapError) -> Result<(), MapError> {
+    match error {
+        MapError::KeyNotFound => Ok(()),
+        MapError::SyscallError(error) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
+        error => Err(error),
+    }
+}
+
+/// The errno of a failed map operation.
+fn to_io(error: MapError) -> io::Error {
+    let code = match &error {
+        MapError::SyscallError(error) => error.io_error.raw_os_error(),
+        MapError::CreateError { io_error, .. } => io_error.raw_os_error(),
+        _ => None,
+    };
+    code.map_or_else(|| io::Error::other(error), io::Error::from_raw_os_error)
+}
+
+/// Hands out numbers below a limit.
+struct Numbers {
+    next: u32,
+    limit: u32,
+    free: Vec<u32>,
+}
+
+impl Numbers {
+    fn new(limit: u32) -> Self {
+        Self { next: 0, limit, free: Vec::new() }
+    }
+
+    fn take(&mut self) -> io::Result<u32> {
+        if let Some(number) = self.free.pop() {
+            return Ok(number);
+        }
+        if self.next == self.limit {
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        }
+        self.next += 1;
+        Ok(self.next - 1)
+    }
+
+    fn give(&mut self, number: u32) {
+        self.free.push(number);
+    }
+}

@@ -1,0 +1,230 @@
+//! The program as an embedder sees it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use aya::EbpfError;
+use aya::maps::MapError;
+use aya::programs::ProgramError;
+use ioregion_abi::bpf::MAX_DOORBELLS;
+
+use super::binding::Threads;
+use super::control::Control;
+use super::local::Local;
+use super::remote::Remote;
+
+/// File name of the object that `cargo xtask build-ebpf` makes, below `target/`.
+const OBJECT: &str = "bpf/ioregion.bpf.o";
+/// Names another object file.
+const OBJECT_VARIABLE: &str = "IOREGION_BPF_OBJECT";
+
+/// A loaded and attached eBPF program.
+///
+/// It observes the accesses of the vCPU threads that are registered with it, and of no others.
+/// Dropping it (or the process ending in whatever way) detaches it; nothing is pinned.
+#[derive(Debug)]
+pub struct Program {
+    control: Box<dyn Control>,
+    threads: Threads,
+}
+
+/// What the program has counted; all since it was loaded or the vCPU was created.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ProgramCounters {
+    /// Writes that matched a doorbell.
+    pub matched: u64,
+    /// Writes that matched none.
+    pub unmatched: u64,
+    /// Doorbells that were written again before their task had looked.
+    pub overrun: u64,
+    /// Wake-ups sent through ring buffers.
+    pub wakeups: u64,
+    /// Wake-ups that a ring buffer refused because it held unread ones.
+    pub wakeups_refused: u64,
+    /// Writes that the program did not see: skipped by the kernel because the program was
+    /// running already on that CPU, or past the longest string output, or without a slot.
+    pub lost: u64,
+}
+
+/// Why the program cannot be used here. The message says what would help.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LoadError {
+    /// There is no object file.
+    #[error("no eBPF object at {searched:?}; build it with `cargo xtask build-ebpf`, or name one in {OBJECT_VARIABLE}")]
+    NotBuilt {
+        /// Where it was looked for.
+        searched: Vec<PathBuf>,
+    },
+    /// The file cannot be read.
+    #[error("{path}: {error}")]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        error: io::Error,
+    },
+    /// The object is not this library's.
+    #[error("the eBPF object has no {missing}; build it from the same revision as this library")]
+    Object {
+        /// The program or map that it lacks.
+        missing: &'static str,
+    },
+    /// The process may not load BPF programs.
+    #[error("loading BPF programs is not permitted: run as root or with CAP_BPF and CAP_PERFMON, or have the loader do it; kernel lockdown above `integrity` forbids it altogether ({0})")]
+    NotPermitted(io::Error),
+    /// The kernel has no such tracepoint.
+    #[error("the kernel has no tracepoint {name}: it needs CONFIG_TRACEPOINTS and KVM, built in or as a loaded module (`modprobe kvm`) ({error})")]
+    NoTracepoint {
+        /// Name of the tracepoint.
+        name: &'static str,
+        /// What the kernel said.
+        error: io::Error,
+    },
+    /// The kernel or the verifier refused the object.
+    #[error("the kernel refuses the eBPF object (it needs 5.11 or newer with CONFIG_BPF_SYSCALL, and CONFIG_DEBUG_INFO_BTF for typed maps): {0}")]
+    Refused(Box<dyn std::error::Error + Send + Sync>),
+    /// The loader cannot be reached, or refused.
+    #[error("the eBPF loader at {path}: {error}; is `ioregion-loader` running, and may this user open its socket?")]
+    Loader {
+        /// The loader's socket.
+        path: PathBuf,
+        /// The cause.
+        error: io::Error,
+    },
+    /// Another error of the operating system.
+    #[error(transparent)]
+    Io(io::Error),
+}
+
+impl LoadError {
+    pub(super) fn load(error: EbpfError) -> Self {
+        match error {
+            EbpfError::MapError(error) => error.into(),
+            error => Self::Refused(error.into()),
+        }
+    }
+
+    pub(super) fn verify(error: ProgramError) -> Self {
+        match error {
+            ProgramError::LoadError { io_error, .. } if is_permission(&io_error) => {
+                Self::NotPermitted(io_error)
+            }
+            error => Self::Refused(error.into()),
+        }
+    }
+
+    pub(super) fn attach(name: &'static str, error: ProgramError) -> Self {
+        match error {
+            ProgramError::SyscallError(error) if is_permission(&error.io_error) => {
+                Self::NotPermitted(error.io_error)
+            }
+            ProgramError::SyscallError(error) => Self::NoTracepoint { name, error: error.io_error },
+            error => Self::Refused(error.into()),
+        }
+    }
+}
+
+impl From<MapError> for LoadError {
+    fn from(error: MapError) -> Self {
+        match error {
+            MapError::CreateError { io_error, .. } if is_permission(&io_error) => {
+                Self::NotPermitted(io_error)
+            }
+            error => Self::Refused(error.into()),
+        }
+    }
+}
+
+impl From<ProgramError> for LoadError {
+    fn from(error: ProgramError) -> Self {
+        Self::Refused(error.into())
+    }
+}
+
+fn is_permission(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::PermissionDenied
+}
+
+impl Program {
+    /// Loads and attaches the program from an object in memory.
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError`], with the reason and the remedy.
+    pub fn load(object: &[u8]) -> Result<Arc<Self>, LoadError> {
+        Self::load_sized(object, MAX_DOORBELLS)
+    }
+
+    /// The same with room for another number of doorbells than
+    /// [`MAX_DOORBELLS`](ioregion_abi::bpf::MAX_DOORBELLS).
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError`], with the reason and the remedy.
+    pub fn load_sized(object: &[u8], max_doorbells: u32) -> Result<Arc<Self>, LoadError> {
+        Ok(Self::with_control(Box::new(Local::load(object, max_doorbells)?)))
+    }
+
+    /// Loads the object that [`find`](Self::find) finds.
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError`], with the reason and the remedy.
+    pub fn load_default() -> Result<Arc<Self>, LoadError> {
+        let path = Self::find()?;
+        let object = std::fs::read(&path).map_err(|error| LoadError::Unreadable { path, error })?;
+        Self::load(&object)
+    }
+
+    /// Has a privileged loader (`ioregion-loader`, or any caller of
+    /// [`serve_vmm`](super::serve_vmm)) hold the program for this process, which needs no
+    /// privileges then. When the loader goes, so does the program, and the VM's doorbells are
+    /// carried over their channels instead ([`Event::ProgramGone`](crate::Event::ProgramGone)).
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError::Loader`].
+    pub fn connect(loader: impl AsRef<Path>) -> Result<Arc<Self>, LoadError> {
+        Ok(Self::with_control(Box::new(Remote::connect(loader.as_ref())?)))
+    }
+
+    /// The object file: the one that `IOREGION_BPF_OBJECT` names, else `bpf/ioregion.bpf.o` in
+    /// a directory above the running executable (`target/` in a checkout).
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError::NotBuilt`] with the places that were searched.
+    pub fn find() -> Result<PathBuf, LoadError> {
+        if let Some(path) = std::env::var_os(OBJECT_VARIABLE) {
+            return Ok(path.into());
+        }
+        let executable = std::env::current_exe().map_err(LoadError::Io)?;
+        let searched: Vec<_> = executable.ancestors().skip(1).map(|dir| dir.join(OBJECT)).collect();
+        let found = searched.iter().find(|path| Path::is_file(path)).cloned();
+        found.ok_or(LoadError::NotBuilt { searched })
+    }
+
+    fn with_control(control: Box<dyn Control>) -> Arc<Self> {
+        Arc::new(Self { control, threads: Threads::default() })
+    }
+
+    pub(crate) fn control(&self) -> &dyn Control {
+        &*self.control
+    }
+
+    pub(super) fn threads(&self) -> &Threads {
+        &self.threads
+    }
+
+    /// How often the kernel skipped the program because it was running already on that CPU:
+    /// each may be a doorbell whose value was lost.
+    ///
+    /// # Errors
+    ///
+    /// The operating system's or the loader's.
+    pub fn recursion_misses(&self) -> io::Result<u64> {
+        self.control.recursion_misses()
+    }
+}

@@ -1,0 +1,69 @@
+//! What an unprivileged VMM asks of a privileged loader, over a Unix socket.
+//!
+//! One request, one reply; frames as in [`crate::frame`]. Each client has a program instance of
+//! its own, so nothing that it asks for can touch another client.
+
+use ioregion_abi::bpf::{MatchEntry, MatchKey, VcpuEntry, ZoneKey};
+use serde::{Deserialize, Serialize};
+
+/// Most bytes of a request or reply.
+pub(super) const MAX_FRAME: u32 = 32 << 20;
+/// Most slots of all ports of one client: bounds the kernel memory that it can make us lock.
+pub(super) const MAX_SLOTS: u32 = 1 << 20;
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) enum Request {
+    /// Replied to with [`Reply::Done`] and the descriptors of the records and of `whoami`.
+    Hello { version: u32 },
+    CreatePort { slots: u32 },
+    RemovePort { port: u32 },
+    Insert(Vec<(Key, Entry)>),
+    Remove(Vec<Key>),
+    SetZone { page: u64, vm: u32, bus: u32, port: Option<u32> },
+    Bind { thread: u32, vcpu: Option<(u32, u32)> },
+    NewVm,
+    NewRecord,
+    FreeRecord(u32),
+    RecursionMisses,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Reply {
+    Done,
+    /// Ports come with three descriptors: slots, control words, ring buffer.
+    Number(u64),
+    /// An errno.
+    Failed(i32),
+}
+
+/// Revision of this protocol.
+pub(super) const VERSION: u32 = 1;
+
+/// `(addr, value, vm, what)`
+pub(super) type Key = (u64, u64, u32, u32);
+/// `(mask, port, slot, flags)`
+pub(super) type Entry = (u64, u32, u32, u32);
+
+pub(super) fn pack_key(key: &MatchKey) -> Key {
+    (key.addr, key.value, key.vm, key.what)
+}
+
+pub(super) fn unpack_key(&(addr, value, vm, what): &Key) -> MatchKey {
+    MatchKey { addr, value, vm, what }
+}
+
+pub(super) fn pack_entry(entry: &MatchEntry) -> Entry {
+    (entry.mask, entry.port, entry.slot, entry.flags)
+}
+
+pub(super) fn unpack_entry(&(mask, port, slot, flags): &Entry) -> MatchEntry {
+    MatchEntry { mask, port, slot, flags, reserved: 0 }
+}
+
+pub(super) fn unpack_vcpu(&(vm, record): &(u32, u32)) -> VcpuEntry {
+    VcpuEntry { vm, record }
+}
+
+pub(super) fn zone(page: u64, vm: u32, bus: u32) -> ZoneKey {
+    ZoneKey { page, vm, bus }
+}

@@ -1,0 +1,134 @@
+//! The program held by a privileged loader: the client's side.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use ioregion_abi::bpf::{MatchEntry, MatchKey, VcpuEntry, ZoneKey};
+
+use super::control::{Control, PortFds};
+use super::program::LoadError;
+use super::protocol::{MAX_FRAME, Reply, Request, VERSION, pack_entry, pack_key};
+use crate::frame;
+
+/// A program in another process.
+#[derive(Debug)]
+pub(crate) struct Remote {
+    /// Locked for one request and its reply.
+    socket: Mutex<UnixStream>,
+    watched: UnixStream,
+    records: OwnedFd,
+    whoami: OwnedFd,
+}
+
+impl Remote {
+    pub(crate) fn connect(path: &Path) -> Result<Self, LoadError> {
+        let error = |error| LoadError::Loader { path: path.to_owned(), error };
+        let socket = UnixStream::connect(path).map_err(error)?;
+        let (reply, fds) = ask(&socket, &Request::Hello { version: VERSION }).map_err(error)?;
+        let ([records, whoami], Reply::Done) = (take(fds).map_err(error)?, reply) else {
+            return Err(error(unexpected()));
+        };
+        let watched = socket.try_clone().map_err(error)?;
+        Ok(Self { socket: Mutex::new(socket), watched, records, whoami })
+    }
+
+    fn ask(&self, request: &Request) -> io::Result<(Reply, Vec<OwnedFd>)> {
+        let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        ask(&socket, request)
+    }
+
+    fn done(&self, request: &Request) -> io::Result<()> {
+        match self.ask(request)? {
+            (Reply::Done, _) => Ok(()),
+            _ => Err(unexpected()),
+        }
+    }
+
+    fn number(&self, request: &Request) -> io::Result<(u64, Vec<OwnedFd>)> {
+        match self.ask(request)? {
+            (Reply::Number(number), fds) => Ok((number, fds)),
+            _ => Err(unexpected()),
+        }
+    }
+
+    fn small(&self, request: &Request) -> io::Result<u32> {
+        self.number(request)?.0.try_into().map_err(|_| unexpected())
+    }
+}
+
+fn ask(socket: &UnixStream, request: &Request) -> io::Result<(Reply, Vec<OwnedFd>)> {
+    frame::send(socket, request, &[], MAX_FRAME)?;
+    match frame::recv(socket, MAX_FRAME)? {
+        (Reply::Failed(errno), _) => Err(io::Error::from_raw_os_error(errno)),
+        answered => Ok(answered),
+    }
+}
+
+fn take<const N: usize>(fds: Vec<OwnedFd>) -> io::Result<[OwnedFd; N]> {
+    fds.try_into().map_err(|_| unexpected())
+}
+
+fn unexpected() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "the loader answers something else than was asked")
+}
+
+impl Control for Remote {
+    fn create_port(&self, slots: u32) -> io::Result<PortFds> {
+        let (port, fds) = self.number(&Request::CreatePort { slots })?;
+        let [slots, controls, ringbuf] = take(fds)?;
+        let port = port.try_into().map_err(|_| unexpected())?;
+        Ok(PortFds { port, slots, controls, ringbuf })
+    }
+
+    fn remove_port(&self, port: u32) -> io::Result<()> {
+        self.done(&Request::RemovePort { port })
+    }
+
+    fn insert(&self, entries: &[(MatchKey, MatchEntry)]) -> io::Result<()> {
+        let entries = entries.iter().map(|(key, entry)| (pack_key(key), pack_entry(entry)));
+        self.done(&Request::Insert(entries.collect()))
+    }
+
+    fn remove(&self, keys: &[MatchKey]) -> io::Result<()> {
+        self.done(&Request::Remove(keys.iter().map(pack_key).collect()))
+    }
+
+    fn set_zone(&self, page: ZoneKey, port: Option<u32>) -> io::Result<()> {
+        self.done(&Request::SetZone { page: page.page, vm: page.vm, bus: page.bus, port })
+    }
+
+    fn bind(&self, thread: u32, vcpu: Option<VcpuEntry>) -> io::Result<()> {
+        self.done(&Request::Bind { thread, vcpu: vcpu.map(|vcpu| (vcpu.vm, vcpu.record)) })
+    }
+
+    fn new_vm(&self) -> io::Result<u32> {
+        self.small(&Request::NewVm)
+    }
+
+    fn new_record(&self) -> io::Result<u32> {
+        self.small(&Request::NewRecord)
+    }
+
+    fn free_record(&self, record: u32) -> io::Result<()> {
+        self.done(&Request::FreeRecord(record))
+    }
+
+    fn records(&self) -> BorrowedFd<'_> {
+        self.records.as_fd()
+    }
+
+    fn whoami(&self) -> BorrowedFd<'_> {
+        self.whoami.as_fd()
+    }
+
+    fn recursion_misses(&self) -> io::Result<u64> {
+        Ok(self.number(&Request::RecursionMisses)?.0)
+    }
+
+    fn hangup(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.watched.as_fd())
+    }
+}

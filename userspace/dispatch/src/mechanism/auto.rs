@@ -1,0 +1,64 @@
+//! `auto`: the best mechanism that the host offers for a region, and why.
+
+use std::sync::Arc;
+
+use super::{Assignment, Ebpf, Forward, Ioeventfd, Mechanism, Placed};
+use crate::channel::Channel;
+use crate::error::RegionError;
+use crate::vm::VmShared;
+
+/// The mechanism `auto`.
+#[derive(Debug, Clone)]
+pub struct Auto {
+    channel: Arc<Channel>,
+}
+
+impl Auto {
+    /// Name of the mechanism.
+    pub const NAME: &'static str = "auto";
+
+    /// Uses `channel` for whatever has to go over the wire.
+    #[must_use]
+    pub fn new(channel: &Arc<Channel>) -> Self {
+        Self { channel: Arc::clone(channel) }
+    }
+}
+
+impl Mechanism for Auto {
+    fn name(&self) -> &'static str {
+        Self::NAME
+    }
+
+    fn assign(&self, vm: &Arc<VmShared>, placed: &Arc<Placed>) -> Result<Assignment, RegionError> {
+        let doorbells = &placed.region.doorbells;
+        let value_is_known = doorbells
+            .iter()
+            .all(|doorbell| doorbell.datamatch.is_some() && doorbell.is_full_match());
+        let (mechanism, reason): (Box<dyn Mechanism>, _) = if doorbells.is_empty() {
+            (Box::new(Forward::new(&self.channel)), "the region has no doorbells")
+        } else if vm.program().is_some() {
+            (Box::new(Ebpf::new(&self.channel)), "the eBPF program is loaded and carries values")
+        } else if value_is_known {
+            (
+                Box::new(Ioeventfd::new(&self.channel)),
+                "no eBPF program; the doorbells match whole values, so no value is lost",
+            )
+        } else {
+            (
+                Box::new(Forward::new(&self.channel)),
+                "no eBPF program, and an ioeventfd would lose the doorbells' values",
+            )
+        };
+        let mut assignment = mechanism.assign(vm, placed)?;
+        let ioregionfd = match crate::sys::kvm::has_ioregion(vm.vm()) {
+            Ok(false) => "this kernel has no KVM_SET_IOREGION",
+            Ok(true) => "this library does not use KVM_SET_IOREGION yet",
+            Err(_) => "KVM_SET_IOREGION cannot be probed",
+        };
+        assignment.reason = format!("{reason}; not ioregionfd: {ioregionfd}");
+        tracing::debug!(
+            region = %placed.id, mechanism = assignment.mechanism, reason = assignment.reason, "chosen"
+        );
+        Ok(assignment)
+    }
+}

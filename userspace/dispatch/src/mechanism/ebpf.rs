@@ -1,0 +1,293 @@
+//! `ebpf`: the program stores a doorbell's value in a slot, an in-kernel sink swallows the
+//! write, and the device task is woken or sees it by polling. Everything else is forwarded.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ioregion_abi::bpf::{MatchEntry, MatchKey};
+use kvm_ioctls::VmFd;
+
+use super::forward::WirePath;
+use super::ioeventfd::{EventfdSinks, eventfd, sink_error};
+use super::{Assignment, Carried, Carrier, Mechanism, Placed};
+use crate::channel::Channel;
+use crate::device::BusAccess;
+use crate::ebpf::{PortFds, TableEntry, VmProgram};
+use crate::error::{RegionError, RegionErrorKind as Kind};
+use crate::region::{Delivery, Doorbell, Region, Sink, Wake};
+use crate::source::{DoorbellSource, Port, PortParts, SlotDoorbell};
+use crate::sys::kvm;
+use crate::vm::VmShared;
+use crate::waiter::Waiter;
+
+/// The mechanism `ebpf`. The VM must have been made with
+/// [`Vm::with_program`](crate::Vm::with_program).
+#[derive(Debug, Clone)]
+pub struct Ebpf {
+    channel: Arc<Channel>,
+}
+
+impl Ebpf {
+    /// Name of the mechanism.
+    pub const NAME: &'static str = "ebpf";
+
+    /// Reads, writes that wait, and doorbells delivered as
+    /// [`Delivery::Fifo`](crate::Delivery::Fifo) go over `channel`.
+    #[must_use]
+    pub fn new(channel: &Arc<Channel>) -> Self {
+        Self { channel: Arc::clone(channel) }
+    }
+}
+
+impl Mechanism for Ebpf {
+    fn name(&self) -> &'static str {
+        Self::NAME
+    }
+
+    fn assign(&self, vm: &Arc<VmShared>, placed: &Arc<Placed>) -> Result<Assignment, RegionError> {
+        let region = &placed.region;
+        let fail = |kind| region.error(kind);
+        let Some(program) = vm.program() else {
+            let what = "a VM with a program (Vm::with_program)";
+            return Err(fail(Kind::Missing { mechanism: Self::NAME, what }));
+        };
+        check_sinks(region).map_err(fail)?;
+        let zones = zones(region);
+        let plan = Plan { region, zones: &zones };
+        let mut parts = Parts::new(program);
+        let source = match parts.build(vm, &plan) {
+            Ok(source) => source,
+            Err(kind) => {
+                parts.take_down(vm.vm());
+                return Err(fail(kind));
+            }
+        };
+        if !zones.is_empty() {
+            program.serve_backlog(&self.channel);
+        }
+        let posted = region.posted_writes && region.doorbells.is_empty();
+        let carrier = WithProgram {
+            wire: WirePath::new(vm, &self.channel, placed, posted),
+            parts: Mutex::new(parts),
+        };
+        let mut assignment = Assignment::new(Self::NAME, carrier);
+        assignment.sources.extend(source);
+        Ok(assignment)
+    }
+}
+
+/// A range for a coalesced zone: first address and length in bytes.
+type Zone = (u64, u32);
+
+/// Zones over the doorbells that want one; neighbours share a zone, because KVM has room for
+/// few of them.
+fn zones(region: &Region) -> Vec<Zone> {
+    let mut ranges: Vec<_> = region
+        .doorbells
+        .iter()
+        .filter(|doorbell| doorbell.sink == Sink::Coalesced)
+        .map(|doorbell| (doorbell.offset, doorbell.offset + u64::from(doorbell.size.bytes())))
+        .collect();
+    ranges.sort_unstable();
+    let mut zones: Vec<(u64, u64)> = Vec::new();
+    for (start, end) in ranges {
+        match zones.last_mut() {
+            Some(last) if start <= last.1 && end - last.0 <= u64::from(u32::MAX) => {
+                last.1 = last.1.max(end);
+            }
+            _ => zones.push((start, end)),
+        }
+    }
+    let zone = |(start, end): (u64, u64)| (region.base + start, (end - start) as u32);
+    zones.into_iter().map(zone).collect()
+}
+
+/// Which sink can carry what, and that no two meet: KVM's bus finds a consumer by binary search
+/// over ranges that must not overlap.
+fn check_sinks(region: &Region) -> Result<(), Kind> {
+    let zones = zones(region);
+    for doorbell in &region.doorbells {
+        if doorbell.sink == Sink::Coalesced {
+            continue;
+        }
+        let at = doorbell.offset;
+        if !doorbell.is_full_match() {
+            return Err(Kind::DoorbellSink(at, "KVM matches whole values only"));
+        }
+        if doorbell.delivery == Delivery::Fifo {
+            return Err(Kind::DoorbellSink(at, "an ioeventfd keeps no queue"));
+        }
+        let start = region.base + at;
+        let end = start + u64::from(doorbell.size.bytes());
+        if zones.iter().any(|&(zone, len)| start < zone + u64::from(len) && zone < end) {
+            return Err(Kind::DoorbellSink(at, "another doorbell there uses it"));
+        }
+    }
+    Ok(())
+}
+
+struct Plan<'a> {
+    region: &'a Region,
+    zones: &'a [Zone],
+}
+
+/// What stands in the kernel for one region.
+#[derive(Debug)]
+struct Parts {
+    program: Arc<VmProgram>,
+    port: Option<u32>,
+    keys: Vec<MatchKey>,
+    eventfds: EventfdSinks,
+    announced: Vec<(ioregion_abi::Bus, Zone)>,
+    zones: Vec<(ioregion_abi::Bus, Zone)>,
+}
+
+impl Parts {
+    fn new(program: &Arc<VmProgram>) -> Self {
+        Self {
+            program: Arc::clone(program),
+            port: None,
+            keys: Vec::new(),
+            eventfds: EventfdSinks::default(),
+            announced: Vec::new(),
+            zones: Vec::new(),
+        }
+    }
+
+    /// Puts everything in place, the sinks last: what they swallow must be captured.
+    fn build(&mut self, vm: &VmShared, plan: &Plan<'_>) -> Result<Option<DoorbellSource>, Kind> {
+        let region = plan.region;
+        if region.doorbells.is_empty() {
+            return Ok(None);
+        }
+        let control = self.program.control();
+        let slots = u32::try_from(region.doorbells.len()).map_err(|_| Kind::TableFull("the port"))?;
+        let PortFds { port, slots, controls, ringbuf } =
+            control.create_port(slots).map_err(|error| bpf("creating a port", error))?;
+        self.port = Some(port);
+        let entries = entries(region, self.program.vm(), port, self.program.port());
+        control.insert(&entries).map_err(|error| bpf("filling the match table", error))?;
+        self.keys = entries.iter().map(|(key, _)| *key).collect();
+        for &zone in plan.zones {
+            let added = self.program.add_zone(region.bus, zone.0, zone.1.into());
+            added.map_err(|error| bpf("announcing a zone", error))?;
+            self.announced.push((region.bus, zone));
+        }
+        for &zone in plan.zones {
+            let added = kvm::coalesced_zone(vm.vm(), region.bus, zone.0, zone.1, false);
+            added.map_err(|error| sink_error("KVM_REGISTER_COALESCED_MMIO", error))?;
+            self.zones.push((region.bus, zone));
+        }
+        let shared = Arc::new(eventfd().map_err(Kind::BadDescriptor)?);
+        let mut doorbells = Vec::new();
+        for (index, doorbell) in (0..).zip(&region.doorbells) {
+            doorbells.push(SlotDoorbell { index, offset: doorbell.offset, size: doorbell.size });
+            if doorbell.sink == Sink::Ioeventfd {
+                let added = self.eventfds.add(vm.vm(), region, doorbell, Arc::clone(&shared));
+                added.map_err(|error| sink_error("KVM_IOEVENTFD", error))?;
+            }
+        }
+        let eventfd = (!self.eventfds.is_empty()).then(|| shared.as_fd().try_clone_to_owned());
+        let source = Port::new(PortParts {
+            user_data: region.user_data,
+            doorbells,
+            slots,
+            controls,
+            eventfd: eventfd.transpose().map_err(Kind::BadDescriptor)?,
+            ringbuf: Some(ringbuf),
+        });
+        source.map(|port| Some(DoorbellSource::Port(port))).map_err(Kind::BadDescriptor)
+    }
+
+    /// Takes everything away, the sinks first: what is still captured then exits, and the exit
+    /// finds it in the vCPU's record.
+    fn take_down(&mut self, vm: &VmFd) -> bool {
+        let any = self.port.is_some();
+        self.eventfds.remove(vm);
+        for (bus, (addr, len)) in self.zones.drain(..) {
+            if let Err(error) = kvm::coalesced_zone(vm, bus, addr, len, true) {
+                tracing::error!(addr, len, %error, "cannot remove a coalesced zone");
+            }
+        }
+        for (bus, (addr, len)) in self.announced.drain(..) {
+            self.program.remove_zone(bus, addr, len.into());
+        }
+        let keys = std::mem::take(&mut self.keys);
+        let control = self.program.control();
+        let removed = control.remove(&keys).and_then(|()| {
+            self.port.take().map_or(Ok(()), |port| control.remove_port(port))
+        });
+        if let Err(error) = removed {
+            tracing::warn!(%error, "cannot take a region out of the program");
+        }
+        any
+    }
+}
+
+fn bpf(what: &'static str, error: io::Error) -> Kind {
+    match error.raw_os_error() {
+        Some(libc::E2BIG | libc::ENOSPC) => Kind::TableFull("a table of the eBPF program"),
+        _ => Kind::Bpf { what, error },
+    }
+}
+
+/// The match table's entries for a region.
+pub(crate) fn entries(region: &Region, vm: u32, port: u32, drain_port: u32) -> Vec<TableEntry> {
+    let mut entries = Vec::new();
+    let mut selected = std::collections::HashSet::new();
+    for (slot, doorbell) in (0..).zip(&region.doorbells) {
+        let addr = region.base + doorbell.offset;
+        let first = MatchKey::first(vm, region.bus, addr, doorbell.size.bytes());
+        let entry = entry(doorbell, port, slot, drain_port);
+        match doorbell.datamatch {
+            None => entries.push((first, entry)),
+            Some(m) => {
+                if selected.insert(first) {
+                    let flags = MatchEntry::SELECT;
+                    entries.push((first, MatchEntry { mask: m.mask, flags, ..Default::default() }));
+                }
+                entries.push((first.masked(m.value), entry));
+            }
+        }
+    }
+    entries
+}
+
+fn entry(doorbell: &Doorbell, port: u32, slot: u32, drain_port: u32) -> MatchEntry {
+    let wake = match (doorbell.sink, doorbell.wake) {
+        // KVM signals the eventfd by itself.
+        (Sink::Ioeventfd, _) | (_, Wake::Never) => 0,
+        (_, Wake::WhenArmed) => MatchEntry::WAKE_ARMED,
+        (_, Wake::Always) => MatchEntry::WAKE_ALWAYS,
+    };
+    match doorbell.delivery {
+        Delivery::Latest => MatchEntry { port, slot, flags: MatchEntry::STORE | wake, ..Default::default() },
+        // The ring is the queue: its drainer is told, not the device.
+        Delivery::Fifo => MatchEntry { port: drain_port, flags: MatchEntry::WAKE_ARMED, ..Default::default() },
+    }
+}
+
+#[derive(Debug)]
+struct WithProgram {
+    wire: WirePath,
+    parts: Mutex<Parts>,
+}
+
+impl Carrier for WithProgram {
+    fn carry(&self, access: &BusAccess, waiter: &mut Waiter) -> io::Result<Carried> {
+        self.wire.carry(access, waiter)
+    }
+
+    fn replay(&self, access: &BusAccess) -> bool {
+        self.wire.replay(access)
+    }
+
+    fn retire(&self, abandon: bool) {
+        self.wire.retire(abandon);
+    }
+
+    fn unsink(&self, vm: &VmFd) -> bool {
+        self.parts.lock().unwrap_or_else(PoisonError::into_inner).take_down(vm)
+    }
+}

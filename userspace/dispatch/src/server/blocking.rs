@@ -1,0 +1,93 @@
+//! A server on a thread of its own.
+
+use std::time::{Duration, Instant};
+
+use nix::sys::epoll::EpollTimeout;
+
+use super::watch::{Ready, Watch};
+use super::{DeviceEnd, ServeError, Session, Stats, Step, Stop, WaitPolicy};
+use crate::device::Device;
+
+/// Idle looks between two looks at the clock.
+const LOOKS_PER_CLOCK: u32 = 32;
+
+/// Serves the device until the VMM's end is closed or `stop` is triggered.
+///
+/// Asleep, a command that is answered costs one wait, one receive and one send.
+///
+/// # Errors
+///
+/// [`ServeError`]: a bad command, or a wire or a source that failed.
+pub fn serve(
+    end: DeviceEnd,
+    device: &mut dyn Device,
+    policy: WaitPolicy,
+    stop: &Stop,
+) -> Result<Stats, ServeError> {
+    let mut session = Session::new(end, device);
+    let served = run(&mut session, policy, stop);
+    session.finish(served)
+}
+
+fn run(session: &mut Session<'_>, policy: WaitPolicy, stop: &Stop) -> Result<(), ServeError> {
+    let mut watch = Watch::new(session, stop)?;
+    let mut ready = Ready::WORK;
+    while !stop.is_triggered() {
+        let mut blocked = false;
+        match policy {
+            WaitPolicy::Sleep => {
+                if ready.sources {
+                    session.drain()?;
+                }
+                if ready.wire {
+                    blocked = session.attend(stop)? == Step::Blocked;
+                }
+            }
+            WaitPolicy::SpinThenSleep(time) => blocked = spin(session, Some(time), stop)?,
+            WaitPolicy::Poll => return spin(session, None, stop).map(drop),
+        }
+        ready = if watch.prepare(session, blocked)? {
+            session.stats.wakeups += 1;
+            watch.wait(session, EpollTimeout::NONE)?
+        } else {
+            Ready::WORK
+        };
+        session.disarm();
+    }
+    Ok(())
+}
+
+/// Works until there was nothing to do for `time` (`None`: until stopped). Returns whether a
+/// response waits for space.
+fn spin(
+    session: &mut Session<'_>,
+    time: Option<Duration>,
+    stop: &Stop,
+) -> Result<bool, ServeError> {
+    let mut idle_since = None;
+    let mut looks = 0;
+    while !stop.is_triggered() {
+        let step = session.step()?;
+        let news = session.has_news();
+        if news {
+            let before = session.stats.doorbells;
+            session.drain()?;
+            if session.stats.doorbells != before {
+                idle_since = None;
+            }
+        }
+        if matches!(step, Step::Posted | Step::Answered) {
+            idle_since = None;
+            continue;
+        }
+        std::hint::spin_loop();
+        looks += 1;
+        let Some(time) = time else { continue };
+        if looks % LOOKS_PER_CLOCK == 0
+            && idle_since.get_or_insert_with(Instant::now).elapsed() >= time
+        {
+            return Ok(step == Step::Blocked);
+        }
+    }
+    Ok(false)
+}

@@ -1,0 +1,110 @@
+//! KVM requests that kvm-ioctls cannot express.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use ioregion_abi::kvm::{KVM_IOEVENTFD, KVM_SET_IOREGION, KvmIoregion};
+use kvm_bindings::{
+    kvm_coalesced_mmio_zone, kvm_coalesced_mmio_zone__bindgen_ty_1 as ZoneBus, kvm_ioeventfd,
+    kvm_ioeventfd_flag_nr_datamatch as FLAG_DATAMATCH, kvm_ioeventfd_flag_nr_deassign as FLAG_DEASSIGN,
+    kvm_ioeventfd_flag_nr_pio as FLAG_PIO,
+};
+use kvm_ioctls::{VcpuFd, VmFd};
+use ioregion_abi::Bus;
+use nix::sys::signal::SigSet;
+
+/// `_IOW(KVMIO, 0x67, struct kvm_coalesced_mmio_zone)`
+const KVM_REGISTER_COALESCED_MMIO: u64 = 0x4010_ae67;
+/// `_IOW(KVMIO, 0x68, struct kvm_coalesced_mmio_zone)`
+const KVM_UNREGISTER_COALESCED_MMIO: u64 = 0x4010_ae68;
+/// `_IOW(KVMIO, 0x8b, struct kvm_signal_mask)`; the size is that of the `len` field alone.
+const KVM_SET_SIGNAL_MASK: u64 = 0x4004_ae8b;
+
+/// What an ioeventfd matches.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Ioeventfd {
+    pub bus: Bus,
+    pub addr: u64,
+    /// Never 0: that would take the fast path, which bypasses the tracepoint.
+    pub bytes: u8,
+    pub datamatch: Option<u64>,
+}
+
+/// Assigns (or removes) an ioeventfd.
+pub(crate) fn ioeventfd(
+    vm: &VmFd,
+    what: &Ioeventfd,
+    eventfd: BorrowedFd<'_>,
+    deassign: bool,
+) -> io::Result<()> {
+    let mut flags = 0;
+    if what.bus == Bus::Pio {
+        flags |= 1 << FLAG_PIO;
+    }
+    if what.datamatch.is_some() {
+        flags |= 1 << FLAG_DATAMATCH;
+    }
+    if deassign {
+        flags |= 1 << FLAG_DEASSIGN;
+    }
+    let request = kvm_ioeventfd {
+        datamatch: what.datamatch.unwrap_or(0),
+        addr: what.addr,
+        len: what.bytes.into(),
+        fd: eventfd.as_raw_fd(),
+        flags,
+        ..Default::default()
+    };
+    // SAFETY: The request number belongs to this struct, which KVM only reads.
+    check(unsafe { libc::ioctl(vm.as_raw_fd(), KVM_IOEVENTFD, &raw const request) })
+}
+
+/// Registers (or removes) a coalesced zone. Removal takes whole zones: pass the same range.
+pub(crate) fn coalesced_zone(
+    vm: &VmFd,
+    bus: Bus,
+    addr: u64,
+    size: u32,
+    remove: bool,
+) -> io::Result<()> {
+    let zone = kvm_coalesced_mmio_zone {
+        addr,
+        size,
+        __bindgen_anon_1: ZoneBus { pio: u32::from(bus == Bus::Pio) },
+    };
+    let request = if remove { KVM_UNREGISTER_COALESCED_MMIO } else { KVM_REGISTER_COALESCED_MMIO };
+    // SAFETY: Both request numbers belong to this struct, which KVM only reads.
+    check(unsafe { libc::ioctl(vm.as_raw_fd(), request, &raw const zone) })
+}
+
+/// Sets the signals that are blocked while the vCPU is in `KVM_RUN`.
+pub(crate) fn set_signal_mask(vcpu: &VcpuFd, mask: &SigSet) -> io::Result<()> {
+    #[repr(C)]
+    struct SignalMask {
+        len: u32,
+        bits: [u8; 8],
+    }
+    let mut request = SignalMask { len: 8, bits: [0; 8] };
+    // SAFETY: The kernel's signal set is the first 8 bytes of libc's.
+    let bits = unsafe { std::ptr::from_ref(mask.as_ref()).cast::<[u8; 8]>().read() };
+    request.bits = bits;
+    // SAFETY: The struct is that of the request, with as many bytes as `len` says.
+    check(unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_SET_SIGNAL_MASK, &raw const request) })
+}
+
+/// Whether this kernel knows `KVM_SET_IOREGION`: flags that no revision defines must be refused
+/// with `EINVAL`, where other kernels answer `ENOTTY`.
+pub(crate) fn has_ioregion(vm: &VmFd) -> io::Result<bool> {
+    let request = KvmIoregion { flags: u32::MAX, read_fd: -1, write_fd: -1, ..Default::default() };
+    // SAFETY: The request number belongs to this struct, which KVM only reads.
+    match check(unsafe { libc::ioctl(vm.as_raw_fd(), KVM_SET_IOREGION, &raw const request) }) {
+        Ok(()) => Err(io::Error::other("KVM_SET_IOREGION accepts undefined flags")),
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn check(ret: libc::c_int) -> io::Result<()> {
+    if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
