@@ -87,9 +87,15 @@ const TIERS: &[Tier] = &[
                 Some(_) => "cargo nextest run",
                 None => "cargo test",
             };
-            let tests = "--workspace --exclude ioregion-ebpf --exclude ioregion-conformance \
-                         --lib --bins --examples --tests";
-            Ok(vec![Cmd::line(runner).args(tests.split_whitespace())])
+            let exclude = GUEST_PACKAGES
+                .iter()
+                .flat_map(|package| ["--exclude", package]);
+            let tests = "--workspace --exclude ioregion-ebpf --lib --bins --examples --tests";
+            Ok(vec![
+                Cmd::line(runner)
+                    .args(tests.split_whitespace())
+                    .args(exclude),
+            ])
         },
         ..ROW
     },
@@ -164,8 +170,20 @@ impl Host<'_> {
     }
 }
 
+/// Packages whose tests run guests.
+const GUEST_PACKAGES: [&str; 3] = [
+    "ioregion-conformance",
+    "ioregion-loader",
+    "ioregion-microguest",
+];
+
 fn conformance() -> Cmd {
-    Cmd::line("cargo test -p ioregion-conformance --release -- --test-threads=1")
+    let packages = GUEST_PACKAGES
+        .iter()
+        .flat_map(|package| ["--package", package]);
+    Cmd::line("cargo test --release")
+        .args(packages)
+        .args(["--", "--test-threads=1"])
 }
 
 /// A usable `/dev/kvm`, the right to load eBPF programs, and the built object.

@@ -1,5 +1,16 @@
-//! Carry a guest's register accesses to the device that emulates them.
-// The crate's documentation is completed by the engineer.
+//! Carry a guest's register accesses to the code that emulates the device.
+//!
+//! * A [`Device`] is a model with registers and doorbells. It never knows what delivered an access.
+//! * A [`Region`] is an address range with a device behind it; its [`Doorbell`]s are the writes
+//!   that only have to be noticed.
+//! * A [`mechanism`] is how accesses travel. [`Vm::assign`] puts a region on one of them,
+//!   [`Vcpu::run`] runs the guest and carries what exits.
+//! * A [`Channel`] is the VMM's end of a device task, [`server::DeviceEnd`] the task's own, which
+//!   a thread, a tokio task or an io_uring serves, or which [`handoff`] gives to another process.
+//! * A [`Program`] is the eBPF program of the mechanism [`Ebpf`](mechanism::Ebpf).
+//!
+//! The semantics are those of the ioregionfd design discussion (2020–21); the README shows a
+//! complete example and says what is promised.
 
 pub mod arm;
 pub mod channel;
@@ -21,8 +32,8 @@ pub mod wire;
 pub use channel::{Channel, Patience};
 pub use device::{Access, BusAccess, Device, Ring};
 pub use ebpf::{LoadError, Program, ProgramCounters};
-pub use frame::FrameError;
 pub use error::{RegionError, RegionErrorKind};
+pub use frame::FrameError;
 pub use ioregion_abi::{Bus, Size};
 pub use mechanism::{Mechanism, RegionId};
 pub use region::{DataMatch, Delivery, Doorbell, Region, Sink, Wake};
@@ -30,3 +41,7 @@ pub use vcpu::{Exit, Vcpu, VcpuStats};
 pub use vm::{Assigned, Event, Vm};
 pub use waiter::Kicker;
 pub use wire::Transport;
+
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;

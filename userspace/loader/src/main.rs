@@ -16,9 +16,12 @@ use ioregion_dispatch::{Program, ebpf};
 /// process that connected. When the VMM hangs up its instance is detached; when the loader ends,
 /// in whatever way, all are.
 #[derive(Debug, Parser)]
-#[command(version, after_help = "Example:\n  \
+#[command(
+    version,
+    after_help = "Example:\n  \
     ioregion-loader --socket /run/ioregion/loader.sock --mode 660\n  \
-    # in the VMM: let program = Program::connect(\"/run/ioregion/loader.sock\")?;")]
+    # in the VMM: let program = Program::connect(\"/run/ioregion/loader.sock\")?;"
+)]
 struct Options {
     /// Where to listen; an existing socket there is replaced.
     #[arg(long)]
@@ -39,13 +42,17 @@ fn octal(text: &str) -> Result<u32, String> {
 }
 
 fn main() -> Result<()> {
-    tracing_subscriber::fmt().with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .init();
     let options = Options::parse();
     let path = match options.object {
         Some(path) => path,
         None => Program::find()?,
     };
-    let object: Arc<[u8]> = std::fs::read(&path).with_context(|| path.display().to_string())?.into();
+    let object: Arc<[u8]> = std::fs::read(&path)
+        .with_context(|| path.display().to_string())?
+        .into();
     let socket = &options.socket;
     // A socket is left behind when its owner is killed; anything else is not ours to remove.
     if UnixStream::connect(socket).is_ok() {
@@ -61,12 +68,12 @@ fn main() -> Result<()> {
     for client in listener.incoming() {
         let client = client.context("accepting a connection")?;
         let object = Arc::clone(&object);
-        std::thread::Builder::new().name("vmm".into()).spawn(move || {
-            match ebpf::serve_vmm(&client, &object) {
+        std::thread::Builder::new()
+            .name("vmm".into())
+            .spawn(move || match ebpf::serve_vmm(&client, &object) {
                 Ok(()) => tracing::info!("a VMM hung up; its program is detached"),
                 Err(error) => tracing::warn!(%error, "dropped a VMM"),
-            }
-        })?;
+            })?;
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! An unprivileged VMM is served by the privileged loader, with real guests.
 
+use std::collections::HashSet;
 use std::io::{BufRead as _, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -10,7 +11,8 @@ use std::time::{Duration, Instant};
 use ioregion_dispatch::mechanism::Ebpf;
 use ioregion_dispatch::server::{DeviceEnd, Stop, WaitPolicy, serve};
 use ioregion_dispatch::{
-    Access, Bus, Channel, Device, Doorbell, Event, Exit, LoadError, Program, Region, Ring, Size, Transport, Vcpu, Vm,
+    Access, Bus, Channel, Device, Doorbell, Event, Exit, LoadError, Program, Region, Ring, Size,
+    Transport, Vcpu, Vm,
 };
 use ioregion_microguest::{DEFAULT_RAM, MMIO_BASE, MicroVm, Program as Payload};
 
@@ -57,7 +59,10 @@ impl Device for Values {
     }
 
     fn doorbell(&mut self, ring: Ring) {
-        self.0.lock().unwrap().push(ring.value.expect("a doorbell with its value"));
+        self.0
+            .lock()
+            .unwrap()
+            .push(ring.value.expect("a doorbell with its value"));
     }
 }
 
@@ -98,7 +103,11 @@ fn ring(guest: &MicroVm, program: &Arc<Program>, between: impl FnOnce(&Vm)) -> O
     stop.trigger();
     task.join().unwrap().unwrap();
     let told = values.0.lock().unwrap().clone();
-    Outcome { told, reads, exits: (first, vcpu.stats().exits) }
+    Outcome {
+        told,
+        reads,
+        exits: (first, vcpu.stats().exits),
+    }
 }
 
 /// The test's child process: gives its privileges up and rings.
@@ -109,7 +118,10 @@ fn play_vmm(socket: &Path) {
     nix::unistd::setgid(NOBODY.into()).unwrap();
     nix::unistd::setuid(NOBODY.into()).unwrap();
     let refused = Program::load_default().map(drop).unwrap_err();
-    assert!(matches!(refused, LoadError::NotPermitted(_) | LoadError::Refused(_)), "{refused}");
+    assert!(
+        matches!(refused, LoadError::NotPermitted(_) | LoadError::Refused(_)),
+        "{refused}"
+    );
     let program = Program::connect(socket).unwrap();
     let outcome = ring(&guest, &program, |_| ());
     println!("told {:?} exits {:?}", outcome.told, outcome.exits);
@@ -121,22 +133,63 @@ fn unprivileged_vmm_gets_values_through_the_loader() {
         return play_vmm(Path::new(&socket));
     }
     let dir = tempfile::tempdir().unwrap();
-    std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    std::fs::set_permissions(
+        dir.path(),
+        std::os::unix::fs::PermissionsExt::from_mode(0o755),
+    )
+    .unwrap();
     let socket = dir.path().join("loader.sock");
     let _loader = loader(&socket);
     let mut child = Command::new(std::env::current_exe().unwrap());
-    child.args(["--exact", "unprivileged_vmm_gets_values_through_the_loader", "--nocapture"]);
+    child.args([
+        "--exact",
+        "unprivileged_vmm_gets_values_through_the_loader",
+        "--nocapture",
+    ]);
     child.env(SOCKET, &socket).stdout(Stdio::piped());
     let mut child = child.spawn().unwrap();
-    let lines: Vec<_> = std::io::BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok).collect();
+    let lines: Vec<_> = std::io::BufReader::new(child.stdout.take().unwrap())
+        .lines()
+        .map_while(Result::ok)
+        .collect();
     assert!(child.wait().unwrap().success(), "{lines:#?}");
-    assert!(lines.iter().any(|line| line.contains("told [1, 2, 3, 4, 5, 1, 2, 3, 4, 5] exits (5, 10)")), "{lines:#?}");
+    assert!(
+        lines
+            .iter()
+            .any(|line| line.contains("told [1, 2, 3, 4, 5, 1, 2, 3, 4, 5] exits (5, 10)")),
+        "{lines:#?}"
+    );
 }
 
-/// Programs of ours that the kernel holds.
-fn programs() -> usize {
-    let ours = |program: &aya::programs::ProgramInfo| program.name_as_str() == Some("kvm_mmio");
-    aya::programs::loaded_programs().filter_map(Result::ok).filter(ours).count()
+/// Ids of the BPF programs of which a process holds descriptors.
+fn programs_of(pid: u32) -> HashSet<u32> {
+    let info = std::fs::read_dir(format!("/proc/{pid}/fdinfo")).unwrap();
+    info.filter_map(|entry| std::fs::read_to_string(entry.ok()?.path()).ok())
+        .filter_map(|text| {
+            text.lines()
+                .find_map(|line| line.strip_prefix("prog_id:")?.trim().parse().ok())
+        })
+        .collect()
+}
+
+/// Waits until the kernel holds none of these programs, `whoami` apart: it is never attached, and
+/// a VMM keeps its descriptor.
+fn wait_until_gone(programs: &HashSet<u32>) {
+    assert!(!programs.is_empty());
+    let end = Instant::now() + Duration::from_secs(20);
+    let any = || {
+        let mut loaded = aya::programs::loaded_programs().filter_map(Result::ok);
+        loaded.any(|program| {
+            programs.contains(&program.id()) && program.name_as_str() != Some("whoami")
+        })
+    };
+    while any() {
+        assert!(
+            Instant::now() < end,
+            "the programs {programs:?} are still there"
+        );
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 #[test]
@@ -146,15 +199,12 @@ fn killed_loader_leaves_nothing_and_doorbells_go_on_over_the_channel() {
     let mut loader = loader(&socket);
     let guest = MicroVm::new(DEFAULT_RAM).unwrap();
     let program = Program::connect(&socket).unwrap();
-    let with_program = programs();
+    let held = programs_of(loader.0.id());
     let outcome = ring(&guest, &program, |vm| {
         loader.0.kill().unwrap();
         loader.0.wait().unwrap();
+        wait_until_gone(&held);
         let end = Instant::now() + Duration::from_secs(20);
-        while programs() >= with_program {
-            assert!(Instant::now() < end, "the killed loader's program is still there");
-            std::thread::sleep(Duration::from_millis(10));
-        }
         loop {
             match vm.next_event() {
                 Some(Event::ProgramGone { .. }) => break,
@@ -177,7 +227,11 @@ fn loader_refuses_threads_of_other_processes() {
     let _loader = loader(&socket);
     let mut stream = UnixStream::connect(&socket).unwrap();
     let own = nix::unistd::gettid().as_raw();
-    for (thread, reply) in [(1, r#"{"Failed":1}"#), (own, r#""Done""#), (u32::MAX as i32, "")] {
+    for (thread, reply) in [
+        (1, r#"{"Failed":1}"#),
+        (own, r#""Done""#),
+        (u32::MAX as i32, ""),
+    ] {
         let request = format!(r#"{{"Bind":{{"thread":{thread},"vcpu":[1,0]}}}}"#);
         let mut frame = b"iorg".to_vec();
         frame.extend((request.len() as u32).to_le_bytes());
@@ -195,4 +249,14 @@ fn loader_refuses_threads_of_other_processes() {
         stream.read_exact(&mut text).unwrap();
         assert_eq!(String::from_utf8(text).unwrap(), reply);
     }
+}
+
+#[test]
+fn dropped_program_is_detached_though_its_vcpu_thread_lives_on() {
+    let guest = MicroVm::new(DEFAULT_RAM).unwrap();
+    let program = Program::load_default().unwrap();
+    let held = programs_of(std::process::id());
+    assert_eq!(ring(&guest, &program, |_| ()).told.len(), 10);
+    drop(program);
+    wait_until_gone(&held);
 }

@@ -264,6 +264,16 @@ impl Program {
         self
     }
 
+    /// Stores the low 32 bits of the guest's time stamp counter in a cell, for accesses that
+    /// carry no value of their own.
+    pub fn ram_store_tsc(&mut self, cell: u32) -> &mut Self {
+        self.ops.push(Op::RamStore {
+            cell,
+            value: Value::Tsc,
+        });
+        self
+    }
+
     /// Spins until a cell holds `value`.
     pub fn ram_wait(&mut self, cell: u32, value: u32) -> &mut Self {
         self.ops.push(Op::RamWait {

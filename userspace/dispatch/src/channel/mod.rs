@@ -163,7 +163,7 @@ impl Channel {
     /// whoever waits for [`send_fds`](Self::send_fds).
     pub(crate) fn advance(&self) -> usize {
         let mut inner = self.lock();
-        inner.step_or_break(true);
+        inner.step_or_break(false, None);
         inner.queue.backlog()
     }
 
@@ -214,7 +214,7 @@ impl Channel {
             let drives = *inner.driver.get_or_insert(ticket) == ticket;
             let mut fds = &[][..];
             if drives {
-                if inner.step_or_break(receive) {
+                if inner.step_or_break(receive, Some(ticket)) {
                     continue;
                 }
                 receive = true;
@@ -262,15 +262,16 @@ impl Channel {
 }
 
 impl Inner {
-    /// Does what can be done without waiting; returns whether a request ended.
-    fn step(&mut self, receive: bool) -> Result<bool, WireError> {
+    /// Does what can be done without waiting; returns whether a request ended. All threads
+    /// whose requests ended are told, but not the one that works here (`by`).
+    fn step(&mut self, receive: bool, by: Option<Ticket>) -> Result<bool, WireError> {
         let mut ended = false;
         let mut blocked = self.wire.try_flush()? == Try::WouldBlock;
         loop {
             while !blocked && let Some(message) = self.queue.to_send() {
                 blocked = self.wire.try_send(message)? == Try::WouldBlock;
                 if !blocked && let Some(ticket) = self.queue.sent() {
-                    self.ring(ticket);
+                    self.ring(ticket, by);
                     ended = true;
                 }
             }
@@ -280,15 +281,15 @@ impl Inner {
             let Try::Done(message) = self.wire.try_recv()? else {
                 return Ok(ended);
             };
-            ended |= self.receive(&message)?;
+            ended |= self.receive(&message, by)?;
         }
     }
 
-    fn receive(&mut self, message: &Message) -> Result<bool, WireError> {
+    fn receive(&mut self, message: &Message, by: Option<Ticket>) -> Result<bool, WireError> {
         let data = Response::decode(message).data;
         match self.queue.received(data) {
             Ok(Some(ticket)) => {
-                self.ring(ticket);
+                self.ring(ticket, by);
                 Ok(true)
             }
             Ok(None) => Ok(false),
@@ -296,11 +297,11 @@ impl Inner {
         }
     }
 
-    fn step_or_break(&mut self, receive: bool) -> bool {
+    fn step_or_break(&mut self, receive: bool, by: Option<Ticket>) -> bool {
         if self.cause.is_some() {
             return true;
         }
-        match self.step(receive) {
+        match self.step(receive, by) {
             Ok(ended) => ended,
             Err(error) => {
                 self.break_off(&error.to_string());
@@ -322,9 +323,9 @@ impl Inner {
         self.ring_all();
     }
 
-    /// Tells the thread of a request, if it waits here and does not drive, that it has ended.
-    fn ring(&self, ticket: Ticket) {
-        if self.driver == Some(ticket) {
+    /// Tells the thread of a request that it has ended, unless it is the one that works here.
+    fn ring(&self, ticket: Ticket, by: Option<Ticket>) {
+        if by == Some(ticket) {
             return;
         }
         if let Some((_, bell)) = self.present.iter().find(|(present, _)| *present == ticket) {
@@ -356,7 +357,7 @@ impl Inner {
         if let Some((_, bell)) = self.present.front() {
             bell.ring();
         } else if self.queue.to_send().is_some() {
-            self.step_or_break(false);
+            self.step_or_break(false, Some(ticket));
             if self.queue.backlog() > 0 && let Some(helper) = &self.helper {
                 helper.ring();
             }

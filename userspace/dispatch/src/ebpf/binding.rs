@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use ioregion_abi::Bus;
 use ioregion_abi::bpf::{Fate, VcpuEntry};
@@ -26,14 +26,17 @@ pub(super) type Threads = Mutex<HashMap<u32, u64>>;
 
 /// The binding that this thread has made last. Its destructor runs when the thread ends.
 struct OnThread {
-    program: Arc<Program>,
+    /// Not owned: a thread that lives on must not keep the program attached.
+    program: Weak<Program>,
     thread: u32,
     serial: u64,
 }
 
 impl Drop for OnThread {
     fn drop(&mut self) {
-        self.program.unbind(self.thread, self.serial);
+        if let Some(program) = self.program.upgrade() {
+            program.unbind(self.thread, self.serial);
+        }
     }
 }
 
@@ -77,7 +80,8 @@ impl Binding {
             let vcpu = VcpuEntry { vm: bound.vm.vm(), record: bound.record };
             program.bind(thread, bound.serial, vcpu)?;
             bound.thread = Some(thread);
-            *current = Some(OnThread { program: Arc::clone(program), thread, serial: bound.serial });
+            let program = Arc::downgrade(program);
+            *current = Some(OnThread { program, thread, serial: bound.serial });
             Ok(())
         })
     }
