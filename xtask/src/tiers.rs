@@ -305,11 +305,12 @@ pub fn run(root: &Path, full: bool, only: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-/// Set-up, then the eBPF object.
+/// Set-up, then the eBPF objects, without and with logging.
 fn prepare(host: &mut Host) -> Result<()> {
     match setup::setup() {
         Ok(tools) => {
-            let built = ebpf::build(&tools, host.root, false);
+            let built = ebpf::build(&tools, host.root, false)
+                .and_then(|()| ebpf::build(&tools, host.root, true));
             host.tools = Ok(tools);
             built
         }

@@ -20,6 +20,7 @@ pub mod error;
 mod frame;
 pub mod handoff;
 pub mod mechanism;
+pub mod probe;
 pub mod region;
 pub mod server;
 pub mod source;

@@ -44,4 +44,7 @@ pub(crate) trait Control: Send + Sync + fmt::Debug {
     fn recursion_misses(&self) -> io::Result<u64>;
     /// Becomes ready when the holder is gone, and with it the program.
     fn hangup(&self) -> Option<BorrowedFd<'_>>;
+    /// Prints what the program has logged.
+    #[cfg(feature = "log")]
+    fn flush_log(&self) {}
 }

@@ -29,6 +29,8 @@ pub(crate) struct Local {
     records: OwnedFd,
     whoami: ProgramFd,
     attached: Vec<ProgramFd>,
+    #[cfg(feature = "log")]
+    logger: Option<Mutex<aya_log::EbpfLogger<&'static dyn log::Log>>>,
     // Holds the links: dropping it detaches the programs.
     _ebpf: Ebpf,
 }
@@ -61,9 +63,10 @@ impl Local {
             .load(object)
             .map_err(LoadError::load)?;
         #[cfg(feature = "log")]
-        if let Err(error) = aya_log::EbpfLogger::init(&mut ebpf) {
-            tracing::debug!(%error, "the program was built without logging");
-        }
+        let logger = aya_log::EbpfLogger::init(&mut ebpf)
+            .inspect_err(|error| tracing::debug!(%error, "the program was built without logging"))
+            .ok()
+            .map(Mutex::new);
         let whoami = program(&mut ebpf, "whoami")?.fd()?.try_clone().map_err(LoadError::Io)?;
         let mut attached = Vec::new();
         for name in PROGRAMS {
@@ -97,7 +100,15 @@ impl Local {
             free_records: Numbers::new(MAX_VCPUS),
             next_vm: 0,
         };
-        Ok(Self { maps: Mutex::new(maps), records: records_fd, whoami, attached, _ebpf: ebpf })
+        Ok(Self {
+            maps: Mutex::new(maps),
+            records: records_fd,
+            whoami,
+            attached,
+            #[cfg(feature = "log")]
+            logger,
+            _ebpf: ebpf,
+        })
     }
 
     fn maps(&self) -> MutexGuard<'_, Maps> {
@@ -234,6 +245,13 @@ impl Control for Local {
 
     fn hangup(&self) -> Option<BorrowedFd<'_>> {
         None
+    }
+
+    #[cfg(feature = "log")]
+    fn flush_log(&self) {
+        if let Some(logger) = &self.logger {
+            logger.lock().unwrap_or_else(PoisonError::into_inner).flush();
+        }
     }
 }
 

@@ -218,6 +218,14 @@ impl Program {
         &self.threads
     }
 
+    /// Hands what the program has logged since the last call to the logger of the `log` crate.
+    /// Only an object that was built with `cargo xtask build-ebpf --log` logs anything, and a
+    /// loader keeps its programs' logs to itself.
+    #[cfg(feature = "log")]
+    pub fn flush_log(&self) {
+        self.control.flush_log();
+    }
+
     /// How often the kernel skipped the program because it was running already on that CPU:
     /// each may be a doorbell whose value was lost.
     ///

@@ -21,8 +21,9 @@ use crate::wire::{Message, Transport, WireError};
 const STOP: u64 = 0;
 const RECEIVED: u64 = 1;
 const SENT: u64 = 2;
-const WIRE: u64 = 3;
-const CANCELLED: u64 = 4;
+const CANCELLED: u64 = 3;
+/// The descriptors of a wire that the ring only waits for are numbered from here.
+const WIRE: u64 = 4;
 /// The descriptors of the sources are numbered from here.
 const SOURCES: u64 = 8;
 
@@ -136,12 +137,22 @@ impl Server {
             return Ok(false);
         }
         if !self.wire_polled {
-            for (fd, events) in session.wire.poll_fds(blocked).into_iter().flatten() {
-                self.ring.poll(fd.as_raw_fd(), events.bits(), WIRE)?;
+            for place in 0..3 {
+                self.poll_wire(session, place)?;
             }
             self.wire_polled = true;
         }
         Ok(session.wire.prepare_sleep(blocked))
+    }
+
+    fn poll_wire(&mut self, session: &Session<'_>, place: usize) -> Result<(), ServeError> {
+        match session.wire.poll_fds(false)[place] {
+            Some((fd, events)) => {
+                let token = WIRE + place as u64;
+                self.ring.poll(fd.as_raw_fd(), events.bits(), token)
+            }
+            None => Ok(()),
+        }
     }
 
     fn complete(
@@ -153,14 +164,9 @@ impl Server {
         match (token, &mut self.stream) {
             (RECEIVED, Some(stream)) => stream.received(result, &mut self.ring, session),
             (SENT, Some(stream)) => stream.sent(result, &mut self.ring),
-            (WIRE, _) => {
+            (WIRE..SOURCES, _) => {
                 session.wire.finish_sleep();
-                // The others of the wire's descriptors are still waited for: this one again.
-                let fds = session.wire.poll_fds(false);
-                if let Some((fd, events)) = fds[0] {
-                    self.ring.poll(fd.as_raw_fd(), events.bits(), WIRE)?;
-                }
-                Ok(())
+                self.poll_wire(session, (token - WIRE) as usize)
             }
             (SOURCES.., _) => {
                 let Some(&(source, fd)) = self.polled.get((token - SOURCES) as usize) else {

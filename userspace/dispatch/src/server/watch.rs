@@ -1,6 +1,7 @@
 //! One epoll over everything that a server waits for.
 
 use std::io;
+#[cfg(feature = "tokio")]
 use std::os::fd::{AsRawFd, RawFd};
 
 use nix::errno::Errno;
@@ -29,6 +30,7 @@ impl Ready {
         sources: true,
     };
 
+    #[cfg(feature = "tokio")]
     pub(super) fn any(self) -> bool {
         self.stop || self.wire || self.sources
     }
@@ -41,6 +43,7 @@ pub(super) struct Watch {
     to_send: bool,
 }
 
+#[cfg(feature = "tokio")]
 impl AsRawFd for Watch {
     fn as_raw_fd(&self) -> RawFd {
         self.epoll.0.as_raw_fd()
