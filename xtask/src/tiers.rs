@@ -114,7 +114,7 @@ const TIERS: &[Tier] = &[
         what: "wake-up arming under every interleaving (loom)",
         counts: true,
         commands: |_| {
-            let test = "cargo test -p ioregion-dispatch --release --test loom_* \
+            let test = "cargo test -p ioregion-dispatch --no-default-features --release --test loom_* \
                         --target-dir target/loom";
             Ok(vec![Cmd::line(test).env("RUSTFLAGS", "--cfg loom")])
         },
