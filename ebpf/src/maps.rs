@@ -7,7 +7,7 @@ use aya_ebpf::{
 };
 use ioregion_abi::{
     bpf::{
-        MAX_DOORBELLS, MAX_PORTS, MAX_VCPUS, MAX_ZONE_PAGES, MatchEntry, MatchKey, Slot, VcpuEntry,
+        MAX_DOORBELLS, MAX_PORTS, MAX_VCPUS, MAX_ZONE_GRANULES, MatchEntry, MatchKey, Slot, VcpuEntry,
         VcpuRecord, ZoneKey,
     },
     matching::Table,
@@ -29,9 +29,9 @@ pub static RECORDS: Array<VcpuRecord, { MAX_VCPUS as usize }, MMAPABLE> = Array:
 #[btf_map]
 pub static DOORBELLS: HashMap<MatchKey, MatchEntry, { MAX_DOORBELLS as usize }> = HashMap::new();
 
-/// Pages with a coalesced zone → port of the task that drains the coalesced ring.
+/// Granules with a coalesced zone → port of the task that drains the coalesced ring.
 #[btf_map]
-pub static ZONES: HashMap<ZoneKey, u32, { MAX_ZONE_PAGES as usize }> = HashMap::new();
+pub static ZONES: HashMap<ZoneKey, u32, { MAX_ZONE_GRANULES as usize }> = HashMap::new();
 
 /// Port → its slots, which its task may only read.
 #[btf_map]

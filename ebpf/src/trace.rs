@@ -4,7 +4,7 @@ use aya_ebpf::{EbpfContext as _, helpers::bpf_probe_read_kernel, programs::RawTr
 use ioregion_abi::{
     Bus,
     access::CHUNK,
-    bpf::{MAX_STRING, Trace, VcpuRecord, ZONE_PAGE_SHIFT, ZoneKey},
+    bpf::{MAX_STRING, Trace, VcpuRecord, ZONE_GRANULE_SHIFT, ZoneKey},
     matching,
 };
 
@@ -133,12 +133,8 @@ fn handle(
     });
     let Some((entry, data)) = entry else {
         record.unmatched += 1;
-        let page = match bus {
-            Bus::Mmio => addr >> ZONE_PAGE_SHIFT,
-            Bus::Pio => 0,
-        };
         let key = ZoneKey {
-            page,
+            granule: addr >> ZONE_GRANULE_SHIFT,
             vm,
             bus: bus as u32,
         };

@@ -12,8 +12,8 @@ pub const MAX_DOORBELLS: u32 = 1 << 17;
 pub const MAX_VCPUS: u32 = 1024;
 /// Most ports of one program instance.
 pub const MAX_PORTS: u32 = 4096;
-/// Most pages with a coalesced zone.
-pub const MAX_ZONE_PAGES: u32 = 1 << 16;
+/// Most granules of eight bytes that hold a part of a coalesced zone.
+pub const MAX_ZONE_GRANULES: u32 = 1 << 16;
 /// Most elements of one string output that the program looks at; more are counted as
 /// [`VcpuRecord::truncated`].
 pub const MAX_STRING: u32 = 64;
@@ -101,23 +101,24 @@ impl MatchEntry {
     pub const WAKE_ALWAYS: u32 = 1 << 3;
 }
 
-/// Key of the zone table: a page that holds (part of) a coalesced zone.
+/// Key of the zone table: a granule that holds (part of) a coalesced zone.
 ///
-/// Writes to such a page that are no doorbell end in the coalesced ring too; whoever drains it
-/// must be woken for them.
+/// Writes that start in such a granule and are no doorbell end in the coalesced ring too; whoever
+/// drains it must be woken for them. Granules are small, so that the writes that another sink
+/// swallows nearby are hardly ever announced to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct ZoneKey {
-    /// Guest page number (address >> 12), or 0 for ports.
-    pub page: u64,
+    /// Number of the granule: address or port >> [`ZONE_GRANULE_SHIFT`].
+    pub granule: u64,
     /// The virtual machine.
     pub vm: u32,
     /// [`Bus`].
     pub bus: u32,
 }
 
-/// Guest page size used by [`ZoneKey`], as a power of two.
-pub const ZONE_PAGE_SHIFT: u32 = 12;
+/// Bytes (ports) in a granule, as a power of two.
+pub const ZONE_GRANULE_SHIFT: u32 = 3;
 
 /// A doorbell's latest value.
 ///

@@ -3,7 +3,7 @@
 use ioregion_abi::{Bus, Size};
 
 /// One access of the guest, as the device sees it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Access {
     /// The region's opaque value, which tells the regions of one device apart.
     pub user_data: u64,

@@ -233,6 +233,13 @@ impl Vcpu {
                 let fate = self.binding.fate(exit.bus, exit.addr, exit.bytes, exit.element);
                 if fate == Fate::Captured {
                     self.stats.already_captured += 1;
+                    let access = self.access(&exit);
+                    let tables = self.vm.shared().tables();
+                    let entry = VmShared::find(&tables, access.bus, access.addr, access.size).cloned();
+                    drop(tables);
+                    if let Some(entry) = entry {
+                        entry.carrier.captured(&access);
+                    }
                     self.exit = Some(exit.next_element());
                     continue;
                 }

@@ -171,8 +171,9 @@ impl Vm {
         let old = find_exact(table, region)?;
         // KVM refuses a second ioeventfd with the same match, so the old one goes first.
         self.shared.unsink(&old);
-        table.remove(&region.base);
+        // What the ring still holds was written to the old region, which must be there for it.
         self.shared.drain_ring(&tables);
+        tables[region.bus as usize].remove(&region.base);
         old.carrier.retire(false);
         let (entry, assigned) = self.place(region, mechanism)?;
         tables[region.bus as usize].insert(region.base, entry);

@@ -51,6 +51,8 @@ struct Inner {
     present: VecDeque<(Ticket, Arc<Bell>)>,
     /// Rung when requests that nobody waits for could go on.
     helper: Option<Arc<Bell>>,
+    /// The helper has announced to the wire that it is about to sleep.
+    helper_sleeps: bool,
     on_break: Vec<(u64, OnBreak)>,
     cause: Option<String>,
 }
@@ -104,6 +106,7 @@ impl Channel {
                 driver: None,
                 present: VecDeque::new(),
                 helper: None,
+                helper_sleeps: false,
                 on_break: Vec::new(),
                 cause: None,
             }),
@@ -132,6 +135,26 @@ impl Channel {
     #[must_use]
     pub fn undelivered_writes(&self) -> u64 {
         self.lock().queue.undelivered()
+    }
+
+    /// Whether a region can be assigned to this channel.
+    ///
+    /// # Errors
+    ///
+    /// Why it is broken, or that the device's end is closed.
+    pub(crate) fn check(&self) -> io::Result<()> {
+        if let Some(cause) = self.cause() {
+            return Err(io::Error::other(cause));
+        }
+        for &(fd, flags) in &self.receive {
+            let mut set = libc::pollfd { fd, events: flags.bits(), revents: 0 };
+            // SAFETY: One entry, which outlives the call.
+            let ready = unsafe { libc::poll(&raw mut set, 1, 0) };
+            if ready > 0 && set.revents & (libc::POLLHUP | libc::POLLERR | libc::POLLNVAL) != 0 {
+                return Err(io::Error::new(io::ErrorKind::BrokenPipe, "the device's end is closed"));
+            }
+        }
+        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -163,8 +186,29 @@ impl Channel {
     /// whoever waits for [`send_fds`](Self::send_fds).
     pub(crate) fn advance(&self) -> usize {
         let mut inner = self.lock();
-        inner.step_or_break(false, None);
-        inner.queue.backlog()
+        loop {
+            // Where no vCPU drives the wire, a response that nobody fetches holds up the rest.
+            let alone = inner.driver.is_none();
+            if alone && std::mem::take(&mut inner.helper_sleeps) {
+                inner.wire.finish_sleep();
+            }
+            inner.step_or_break(alone, None);
+            let backlog = inner.queue.backlog();
+            if backlog == 0 || !alone {
+                return backlog;
+            }
+            inner.helper_sleeps = true;
+            if inner.wire.prepare_sleep(true) {
+                return backlog;
+            }
+        }
+    }
+
+    /// Has the helper look at what is left to be sent.
+    pub(crate) fn call_helper(&self) {
+        if let Some(helper) = &self.lock().helper {
+            helper.ring();
+        }
     }
 
     /// Descriptors that tell when [`advance`](Self::advance) can go on.
@@ -258,6 +302,15 @@ impl Channel {
     fn interrupted(self: &Arc<Self>, ticket: Ticket, waiter: &mut Waiter) -> Progress {
         waiter.pending = Some(Pending { channel: Arc::clone(self), ticket });
         Progress::Interrupted
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let lost = self.queue.backlog();
+        if lost > 0 {
+            tracing::error!(lost, "a channel was dropped with writes that were not sent");
+        }
     }
 }
 

@@ -106,12 +106,14 @@ impl Queue {
         Ok(Some(request.ticket))
     }
 
-    /// Ends all requests of a region that is about to go. Those that were sent are lost if
-    /// `abandon`, else they go on waiting for their response.
+    /// Ends all requests of a region that is about to go. Those that were sent, or that nobody
+    /// could make anew, are lost if `abandon`; else the old device still gets or answers them.
     pub fn settle(&mut self, region: u64, abandon: bool) {
         let (settled, kept) = std::mem::take(&mut self.waiting)
             .into_iter()
-            .partition::<VecDeque<_>, _>(|request| request.new.region == region);
+            .partition::<VecDeque<_>, _>(|request| {
+                request.new.region == region && (abandon || !request.new.detached)
+            });
         self.waiting = kept;
         for request in &settled {
             if request.new.detached {
@@ -217,6 +219,19 @@ mod tests {
         queue.sent();
         assert_eq!(queue.received(0), Ok(None));
         assert_eq!(queue.received(7), Ok(Some(other)));
+    }
+
+    #[test]
+    fn modification_hands_replayed_writes_to_the_old_device() {
+        let mut queue = Queue::default();
+        queue.push(New { detached: true, ..new(1, 1, false) });
+        let own = queue.push(new(1, 2, true));
+        queue.settle(1, false);
+        assert_eq!(queue.take(own), Some(Outcome::Retry));
+        assert_eq!(queue.to_send(), Some(&message(1)));
+        queue.settle(1, true);
+        assert_eq!(queue.to_send(), None);
+        assert_eq!(queue.undelivered(), 1);
     }
 
     #[test]

@@ -63,8 +63,12 @@ impl Binding {
 
     /// Makes sure that the program knows the calling thread as this vCPU's.
     pub(crate) fn enter(&mut self) -> io::Result<()> {
-        let Some(bound) = &mut self.0 else { return Ok(()) };
         CURRENT.with_borrow_mut(|current| {
+            let Some(bound) = &mut self.0 else {
+                // Another VM's vCPU ran here before; what this one does is none of its writes.
+                *current = None;
+                return Ok(());
+            };
             if let Some(on) = current
                 && on.serial == bound.serial
                 && bound.thread == Some(on.thread)
@@ -76,7 +80,8 @@ impl Binding {
             if let Some(old) = bound.thread.take_if(|old| *old != thread) {
                 program.unbind(old, bound.serial);
             }
-            // Only now: the old binding's destructor spares an entry that is no longer its own.
+            // First, because the old binding may be one of this same vCPU, which has been elsewhere.
+            *current = None;
             let vcpu = VcpuEntry { vm: bound.vm.vm(), record: bound.record };
             program.bind(thread, bound.serial, vcpu)?;
             bound.thread = Some(thread);

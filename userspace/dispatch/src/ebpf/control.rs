@@ -26,8 +26,8 @@ pub(crate) trait Control: Send + Sync + fmt::Debug {
     fn insert(&self, entries: &[(MatchKey, MatchEntry)]) -> io::Result<()>;
     /// Removes entries from the match table.
     fn remove(&self, keys: &[MatchKey]) -> io::Result<()>;
-    /// Announces the writes to a page to a port, or to none.
-    fn set_zone(&self, page: ZoneKey, port: Option<u32>) -> io::Result<()>;
+    /// Announces the writes to a granule to a port, or to none.
+    fn set_zone(&self, granule: ZoneKey, port: Option<u32>) -> io::Result<()>;
     /// Says that a thread runs a vCPU from now on, or (`None`) no more.
     fn bind(&self, thread: u32, vcpu: Option<VcpuEntry>) -> io::Result<()>;
     /// A number for a new virtual machine.

@@ -97,7 +97,7 @@ impl Client {
             Request::Remove(keys) => {
                 program.remove(&keys.iter().map(unpack_key).collect::<Vec<_>>())?;
             }
-            Request::SetZone { page, vm, bus, port } => program.set_zone(zone(*page, *vm, *bus), *port)?,
+            Request::SetZone { granule, vm, bus, port } => program.set_zone(zone(*granule, *vm, *bus), *port)?,
             Request::Bind { thread, vcpu } => {
                 let task = PathBuf::from(format!("/proc/{}/task/{thread}", self.pid));
                 if vcpu.is_some() && !task.exists() {

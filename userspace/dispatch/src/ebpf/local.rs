@@ -188,11 +188,11 @@ impl Control for Local {
         Ok(())
     }
 
-    fn set_zone(&self, page: ZoneKey, port: Option<u32>) -> io::Result<()> {
+    fn set_zone(&self, granule: ZoneKey, port: Option<u32>) -> io::Result<()> {
         let mut maps = self.maps();
         match port {
-            Some(port) => maps.zones.insert(page, port, 0),
-            None => maps.zones.remove(&page).or_else(absent),
+            Some(port) => maps.zones.insert(granule, port, 0),
+            None => maps.zones.remove(&granule).or_else(absent),
         }
         .map_err(to_io)
     }

@@ -58,13 +58,16 @@ pub enum LoadError {
         searched: Vec<PathBuf>,
     },
     /// The file cannot be read.
-    #[error("{path}: {error}")]
+    #[error("the eBPF object {path} cannot be read: {error}; build it with `cargo xtask build-ebpf`")]
     Unreadable {
         /// The file.
         path: PathBuf,
         /// The cause.
         error: io::Error,
     },
+    /// The file is damaged, or no eBPF object at all.
+    #[error("this is no eBPF object that could be loaded; build it with `cargo xtask build-ebpf` ({0})")]
+    Damaged(Box<dyn std::error::Error + Send + Sync>),
     /// The object is not this library's.
     #[error("the eBPF object has no {missing}; build it from the same revision as this library")]
     Object {
@@ -102,6 +105,7 @@ impl LoadError {
     pub(super) fn load(error: EbpfError) -> Self {
         match error {
             EbpfError::MapError(error) => error.into(),
+            EbpfError::ParseError(_) | EbpfError::RelocationError(_) => Self::Damaged(error.into()),
             error => Self::Refused(error.into()),
         }
     }

@@ -19,7 +19,7 @@ pub(super) enum Request {
     RemovePort { port: u32 },
     Insert(Vec<(Key, Entry)>),
     Remove(Vec<Key>),
-    SetZone { page: u64, vm: u32, bus: u32, port: Option<u32> },
+    SetZone { granule: u64, vm: u32, bus: u32, port: Option<u32> },
     Bind { thread: u32, vcpu: Option<(u32, u32)> },
     NewVm,
     NewRecord,
@@ -64,6 +64,6 @@ pub(super) fn unpack_vcpu(&(vm, record): &(u32, u32)) -> VcpuEntry {
     VcpuEntry { vm, record }
 }
 
-pub(super) fn zone(page: u64, vm: u32, bus: u32) -> ZoneKey {
-    ZoneKey { page, vm, bus }
+pub(super) fn zone(granule: u64, vm: u32, bus: u32) -> ZoneKey {
+    ZoneKey { granule, vm, bus }
 }

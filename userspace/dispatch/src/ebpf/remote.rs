@@ -96,8 +96,8 @@ impl Control for Remote {
         self.done(&Request::Remove(keys.iter().map(pack_key).collect()))
     }
 
-    fn set_zone(&self, page: ZoneKey, port: Option<u32>) -> io::Result<()> {
-        self.done(&Request::SetZone { page: page.page, vm: page.vm, bus: page.bus, port })
+    fn set_zone(&self, granule: ZoneKey, port: Option<u32>) -> io::Result<()> {
+        self.done(&Request::SetZone { granule: granule.granule, vm: granule.vm, bus: granule.bus, port })
     }
 
     fn bind(&self, thread: u32, vcpu: Option<VcpuEntry>) -> io::Result<()> {

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use ioregion_abi::bpf::{
-    CONTROL_ARM, MAX_VCPUS, MatchEntry, MatchKey, Slot, VcpuRecord, ZONE_PAGE_SHIFT, ZoneKey, control_words,
+    CONTROL_ARM, MAX_VCPUS, MatchEntry, MatchKey, Slot, VcpuRecord, ZONE_GRANULE_SHIFT, ZoneKey, control_words,
 };
 use ioregion_abi::{Bus, Size};
 use kvm_ioctls::VcpuFd;
@@ -159,29 +159,35 @@ impl VmProgram {
         lock(&self.vcpus).retain(|other| *other != record);
     }
 
-    /// Has the writes to the pages of a zone announced.
+    /// Has the writes to a zone announced.
     pub(crate) fn add_zone(&self, bus: Bus, addr: u64, len: u64) -> io::Result<()> {
         let mut zones = lock(&self.zones);
-        for page in pages(self.vm, bus, addr, len) {
-            let users = zones.entry(page).or_insert(0);
-            if *users == 0 {
-                self.control().set_zone(page, Some(self.port))?;
+        for granule in granules(self.vm, bus, addr, len) {
+            if !zones.contains_key(&granule)
+                && let Err(error) = self.control().set_zone(granule, Some(self.port))
+            {
+                let done = granules(self.vm, bus, addr, len).take_while(|other| *other != granule);
+                self.forget(&mut zones, done);
+                return Err(error);
             }
-            *users += 1;
+            *zones.entry(granule).or_insert(0) += 1;
         }
         Ok(())
     }
 
     /// Takes [`add_zone`](Self::add_zone) back.
     pub(crate) fn remove_zone(&self, bus: Bus, addr: u64, len: u64) {
-        let mut zones = lock(&self.zones);
-        for page in pages(self.vm, bus, addr, len) {
-            let Some(users) = zones.get_mut(&page) else { continue };
+        self.forget(&mut lock(&self.zones), granules(self.vm, bus, addr, len));
+    }
+
+    fn forget(&self, zones: &mut HashMap<ZoneKey, usize>, granules: impl Iterator<Item = ZoneKey>) {
+        for granule in granules {
+            let Some(users) = zones.get_mut(&granule) else { continue };
             *users -= 1;
             if *users == 0 {
-                zones.remove(&page);
-                if let Err(error) = self.control().set_zone(page, None) {
-                    tracing::warn!(?page, %error, "cannot forget a zone");
+                zones.remove(&granule);
+                if let Err(error) = self.control().set_zone(granule, None) {
+                    tracing::warn!(?granule, %error, "cannot forget a zone");
                 }
             }
         }
@@ -233,14 +239,12 @@ impl VmProgram {
         let whole = Size::from_bytes(write.bytes.into());
         if let Some(size) = whole
             && let Some(entry) = VmShared::find(tables, write.bus, write.addr, size)
+            && let Some((_, doorbell)) = entry.placed.doorbell(write.addr, size, value)
+            && doorbell.delivery == Delivery::Latest
+            && doorbell.sink == Sink::Coalesced
         {
-            if let Some((_, doorbell)) = entry.placed.doorbell(write.addr, size, value)
-                && doorbell.delivery == Delivery::Latest
-                && doorbell.sink == Sink::Coalesced
-            {
-                // The program has put it in its slot.
-                return;
-            }
+            // The program has put it in its slot.
+            return;
         }
         self.account();
         let (mut at, end) = (0, write.bytes);
@@ -347,12 +351,9 @@ fn poll(fds: &[(RawFd, PollFlags)], timeout: Option<Duration>) -> Vec<bool> {
     set.iter().map(|entry| entry.revents != 0).collect()
 }
 
-fn pages(vm: u32, bus: Bus, addr: u64, len: u64) -> impl Iterator<Item = ZoneKey> {
-    let (first, last) = match bus {
-        Bus::Mmio => (addr >> ZONE_PAGE_SHIFT, (addr + (len - 1)) >> ZONE_PAGE_SHIFT),
-        Bus::Pio => (0, 0),
-    };
-    (first..=last).map(move |page| ZoneKey { page, vm, bus: bus as u32 })
+fn granules(vm: u32, bus: Bus, addr: u64, len: u64) -> impl Iterator<Item = ZoneKey> {
+    let (first, last) = (addr >> ZONE_GRANULE_SHIFT, (addr + (len - 1)) >> ZONE_GRANULE_SHIFT);
+    (first..=last).map(move |granule| ZoneKey { granule, vm, bus: bus as u32 })
 }
 
 /// Copies a vCPU's record out of the shared map.

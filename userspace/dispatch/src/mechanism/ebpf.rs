@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use ioregion_abi::bpf::{MatchEntry, MatchKey};
 use kvm_ioctls::VmFd;
 
-use super::forward::WirePath;
+use super::forward::{WirePath, check_channel};
 use super::ioeventfd::{EventfdSinks, eventfd, sink_error};
 use super::{Assignment, Carried, Carrier, Mechanism, Placed};
 use crate::channel::Channel;
@@ -53,6 +53,7 @@ impl Mechanism for Ebpf {
             return Err(fail(Kind::Missing { mechanism: Self::NAME, what }));
         };
         check_sinks(region).map_err(fail)?;
+        check_channel(&self.channel, region)?;
         let zones = zones(region);
         let plan = Plan { region, zones: &zones };
         let mut parts = Parts::new(program);
@@ -69,6 +70,7 @@ impl Mechanism for Ebpf {
         let posted = region.posted_writes && region.doorbells.is_empty();
         let carrier = WithProgram {
             wire: WirePath::new(vm, &self.channel, placed, posted),
+            placed: Arc::clone(placed),
             parts: Mutex::new(parts),
         };
         let mut assignment = Assignment::new(Self::NAME, carrier);
@@ -174,6 +176,9 @@ impl Parts {
             added.map_err(|error| bpf("announcing a zone", error))?;
             self.announced.push((region.bus, zone));
         }
+        // A vCPU may be between the program, which did not know the doorbells yet, and the bus: it
+        // must not find a sink there.
+        kvm::synchronize(vm.vm()).map_err(|error| sink_error("KVM_IOEVENTFD", error))?;
         for &zone in plan.zones {
             let added = kvm::coalesced_zone(vm.vm(), region.bus, zone.0, zone.1, false);
             added.map_err(|error| sink_error("KVM_REGISTER_COALESCED_MMIO", error))?;
@@ -271,12 +276,22 @@ fn entry(doorbell: &Doorbell, port: u32, slot: u32, drain_port: u32) -> MatchEnt
 #[derive(Debug)]
 struct WithProgram {
     wire: WirePath,
+    placed: Arc<Placed>,
     parts: Mutex<Parts>,
 }
 
 impl Carrier for WithProgram {
     fn carry(&self, access: &BusAccess, waiter: &mut Waiter) -> io::Result<Carried> {
         self.wire.carry(access, waiter)
+    }
+
+    fn captured(&self, access: &BusAccess) {
+        let Some(data) = access.write else { return };
+        let doorbell = self.placed.doorbell(access.addr, access.size, data);
+        // The program itself has woken the task of a coalesced doorbell.
+        if let Some((_, Doorbell { sink: Sink::Ioeventfd, .. })) = doorbell {
+            self.parts.lock().unwrap_or_else(PoisonError::into_inner).eventfds.signal();
+        }
     }
 
     fn replay(&self, access: &BusAccess) -> bool {

@@ -9,7 +9,8 @@ use super::{Assignment, Carried, Carrier, Mechanism, Placed};
 use crate::channel::state::{New, Outcome};
 use crate::channel::{Channel, Progress};
 use crate::device::BusAccess;
-use crate::error::RegionError;
+use crate::error::{RegionError, RegionErrorKind};
+use crate::region::Region;
 use crate::vm::VmShared;
 use crate::waiter::Waiter;
 
@@ -39,9 +40,15 @@ impl Mechanism for Forward {
     }
 
     fn assign(&self, vm: &Arc<VmShared>, region: &Arc<Placed>) -> Result<Assignment, RegionError> {
+        check_channel(&self.channel, &region.region)?;
         let wire = WirePath::new(vm, &self.channel, region, region.region.posted_writes);
         Ok(Assignment::new(Self::NAME, wire))
     }
+}
+
+/// Refuses a channel that carries nothing (more), before anything is assigned.
+pub(crate) fn check_channel(channel: &Channel, region: &Region) -> Result<(), RegionError> {
+    channel.check().map_err(|error| region.error(RegionErrorKind::BadDescriptor(error)))
 }
 
 /// The wire-protocol path, which the other mechanisms fall back to.
@@ -115,7 +122,11 @@ impl Carrier for WirePath {
     fn replay(&self, access: &BusAccess) -> bool {
         let new = self.request(access, false, true);
         self.channel.request(new, || self.placed.is_live());
-        let in_time = self.channel.advance() < BACKLOG_LIMIT;
+        let backlog = self.channel.advance();
+        if backlog > 0 {
+            self.channel.call_helper();
+        }
+        let in_time = backlog < BACKLOG_LIMIT;
         if !in_time {
             self.channel.break_with("the device task does not read its posted writes");
         }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use kvm_ioctls::VmFd;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::forward::WirePath;
+use super::forward::{WirePath, check_channel};
 use super::{Assignment, Carried, Carrier, Mechanism, Placed};
 use crate::channel::Channel;
 use crate::device::BusAccess;
@@ -46,6 +46,7 @@ impl Mechanism for Ioeventfd {
 
     fn assign(&self, vm: &Arc<VmShared>, placed: &Arc<Placed>) -> Result<Assignment, RegionError> {
         let region = &placed.region;
+        check_channel(&self.channel, region)?;
         let mut sinks = EventfdSinks::default();
         let mut doorbells = Vec::new();
         for (index, doorbell) in (0..).zip(&region.doorbells) {
@@ -122,6 +123,14 @@ impl EventfdSinks {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+
+    /// Signals in KVM's place, where all doorbells share one eventfd.
+    pub(crate) fn signal(&self) {
+        if let Some((_, eventfd)) = self.0.first() {
+            // Refused only by a full counter, which wakes as well.
+            let _ = eventfd.write(1);
+        }
     }
 
     pub(crate) fn remove(&mut self, vm: &VmFd) {

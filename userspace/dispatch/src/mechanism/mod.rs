@@ -132,6 +132,9 @@ pub(crate) trait Carrier: Send + Sync + fmt::Debug {
     /// The operating system's, if it cannot wait at all.
     fn carry(&self, access: &BusAccess, waiter: &mut Waiter) -> io::Result<Carried>;
 
+    /// A doorbell exited although the program has captured it: no sink has signalled it.
+    fn captured(&self, _access: &BusAccess) {}
+
     /// Queues a write that came out of the coalesced ring, without waiting. Returns false if
     /// the channel has too many of them: the device task is too slow.
     fn replay(&self, access: &BusAccess) -> bool;

@@ -1,7 +1,7 @@
 //! KVM requests that kvm-ioctls cannot express.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use ioregion_abi::kvm::{KVM_IOEVENTFD, KVM_SET_IOREGION, KvmIoregion};
 use kvm_bindings::{
@@ -57,6 +57,18 @@ pub(crate) fn ioeventfd(
     };
     // SAFETY: The request number belongs to this struct, which KVM only reads.
     check(unsafe { libc::ioctl(vm.as_raw_fd(), KVM_IOEVENTFD, &raw const request) })
+}
+
+/// Waits until the vCPUs have finished what they are handling, or are in the guest: whatever
+/// access they handle next comes after everything that was done before this call.
+///
+/// KVM waits so when it takes something off its I/O bus; here that is an ioeventfd at an address
+/// that no guest reaches.
+pub(crate) fn synchronize(vm: &VmFd) -> io::Result<()> {
+    let eventfd = nix::sys::eventfd::EventFd::from_value_and_flags(0, nix::sys::eventfd::EfdFlags::EFD_CLOEXEC)?;
+    let what = Ioeventfd { bus: Bus::Mmio, addr: u64::MAX - 15, bytes: 8, datamatch: Some(!0) };
+    ioeventfd(vm, &what, eventfd.as_fd(), false)?;
+    ioeventfd(vm, &what, eventfd.as_fd(), true)
 }
 
 /// Registers (or removes) a coalesced zone. Removal takes whole zones: pass the same range.

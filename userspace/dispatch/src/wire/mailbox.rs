@@ -9,11 +9,12 @@
 //! checks the peer's on each use, and copies each message once, word by word.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
+use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -185,7 +186,8 @@ impl Mailbox {
         }
         match nix::unistd::write(&self.peer_bell, &1_u64.to_ne_bytes()) {
             // A counter that is full rings as well.
-            Ok(_) | Err(Errno::EAGAIN) => Ok(()),
+            // (It blocks only where the peer made it, and then a signal interrupts it.)
+            Ok(_) | Err(Errno::EAGAIN | Errno::EINTR) => Ok(()),
             Err(errno) => Err(WireError::Io(errno.into())),
         }
     }
@@ -198,6 +200,16 @@ impl Mailbox {
             self.look(receiving)?;
         }
         Ok(Try::WouldBlock)
+    }
+
+    /// Whether the bell was rung. Never blocks: the peer can make the eventfd, whose flags it
+    /// shares, a blocking one.
+    fn consume_bell(&self) -> bool {
+        let mut counter = 0_u64;
+        let part = libc::iovec { iov_base: (&raw mut counter).cast(), iov_len: 8 };
+        let fd = self.bell.as_raw_fd();
+        // SAFETY: `part` describes `counter`, which outlives the call; an eventfd has no offset.
+        unsafe { libc::preadv2(fd, &raw const part, 1, -1, libc::RWF_NOWAIT) == 8 }
     }
 
     fn look(&self, receiving: bool) -> Result<(), WireError> {
@@ -287,7 +299,7 @@ impl Wire for Mailbox {
     fn finish_sleep(&mut self) {
         arm::disarm(self.shared.word(self.side as usize * APART));
         // Fails where nobody rang (the leash, or another descriptor, ended the sleep).
-        if nix::unistd::read(&self.bell, &mut [0; 8]).is_err() {
+        if !self.consume_bell() {
             // The next try that finds nothing looks at the leash.
             self.empty_tries = TRIES_PER_LOOK;
         }

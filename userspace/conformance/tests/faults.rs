@@ -1,0 +1,647 @@
+//! Device tasks that are slow, dead or hostile hurt nothing but their own region.
+
+mod support;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use anyhow::Result;
+use ioregion_abi::wire::{Layout, Response};
+use ioregion_conformance::{KINDS, Kind, Recorder, Rig, Task, Told};
+use ioregion_dispatch::mechanism::{Ebpf, Forward, Ioeventfd};
+use ioregion_dispatch::server::{DeviceEnd, WaitPolicy};
+use ioregion_dispatch::wire::{Message, Try, Wire};
+use ioregion_dispatch::{Bus, Channel, Delivery, Doorbell, Exit, Region, RegionId, Size, Transport};
+use ioregion_microguest::{MMIO_BASE, Program};
+use nix::poll::{PollFd, PollTimeout, poll};
+use nix::sys::signal::Signal;
+use rand::{Rng as _, SeedableRng as _};
+
+use support::{Gated, Runner, bpf, broken, channel_kinds, handle_sigusr1, place, serve, wait_until, watchdog};
+
+/// Where the other region stands, which must not notice anything.
+const OTHER: u64 = MMIO_BASE + 0x1000;
+
+fn region() -> Region {
+    Region::mmio(MMIO_BASE, 0x1000).user_data(7).doorbell(Doorbell::new(0x10, Size::B4))
+}
+
+fn other_region() -> Region {
+    Region::mmio(OTHER, 0x1000).user_data(8).doorbell(Doorbell::new(0x10, Size::B4))
+}
+
+/// A device whose reads can be foreseen.
+fn plain() -> Recorder {
+    Recorder::answering(|_, access| 0x5500 + access.offset)
+}
+
+#[test]
+fn slow_device_blocks_only_the_vcpus_that_wait_on_it() -> Result<()> {
+    const READS: u32 = 500;
+    let bpf = bpf()?;
+    for kind in KINDS {
+        let _watchdog = watchdog(format!("{kind:?}"), Duration::from_secs(60));
+        let rig = Rig::with(Some(bpf.clone()))?;
+        let slow = Gated::default();
+        let slow_task = rig.serve(kind, &region(), slow.clone())?;
+        let other = plain();
+        let other_task = rig.serve(kind, &other_region(), other.clone())?;
+        let mut waits = Program::new();
+        waits.read(Bus::Mmio, MMIO_BASE + 0x20, 4);
+        let mut works = Program::new();
+        works.repeat(READS, |p| {
+            p.write_counter(Bus::Mmio, OTHER + 0x10, 4, 0, 1);
+            p.write_counter(Bus::Mmio, OTHER + 0x30, 4, 0, 1);
+            p.read(Bus::Mmio, OTHER + 0x20, 4);
+        });
+        let waiting = Runner::new(rig.vcpu(0, &waits)?);
+        waiting.start();
+        slow.gate.wait_for(1);
+        let working = Runner::new(rig.vcpu(1, &works)?);
+        working.start();
+        assert_eq!(working.exit()?, Exit::Halt, "{kind:?}");
+        assert_eq!(rig.guest.log(1)?, vec![0x5520; READS as usize], "{kind:?}");
+        assert_eq!(other.told().len(), 3 * READS as usize, "{kind:?}");
+        assert_eq!(waiting.exit_within(Duration::ZERO)?, None, "{kind:?}");
+        slow.gate.open();
+        assert_eq!(waiting.exit()?, Exit::Halt, "{kind:?}");
+        waiting.finish()?;
+        working.finish()?;
+        assert_eq!(broken(&rig.vm), [], "{kind:?}");
+        for task in [slow_task, other_task].into_iter().flatten() {
+            task.finish()?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn dead_device_reads_all_ones_and_is_revived_by_a_new_one() -> Result<()> {
+    let bpf = bpf()?;
+    for kind in channel_kinds() {
+        let _watchdog = watchdog(format!("{kind:?}"), Duration::from_secs(60));
+        let rig = Rig::with(Some(bpf.clone()))?;
+        let served = serve(&rig, kind, &region(), false, plain())?;
+        let other = serve(&rig, kind, &other_region(), false, plain())?;
+        let mut program = Program::new();
+        for bytes in [1, 2, 4, 8] {
+            program.read(Bus::Mmio, MMIO_BASE + 0x20, bytes);
+        }
+        program.write(Bus::Mmio, MMIO_BASE + 0x30, 4, 1);
+        program.write(Bus::Mmio, MMIO_BASE + 0x10, 4, 2);
+        program.write(Bus::Mmio, MMIO_BASE + 0x38, 8, 3);
+        program.read(Bus::Mmio, MMIO_BASE + 0x20, 4);
+        program.read(Bus::Mmio, OTHER + 0x20, 4);
+
+        let mut vcpu = rig.vcpu(0, &program)?;
+        let well = [0x20, 0x5520, 0x5520, 0x5520, 0x5520, 0x5520];
+        assert_eq!(vcpu.run()?, Exit::Halt, "{kind:?}");
+        assert_eq!(rig.guest.log(0)?, well, "{kind:?}");
+
+        served.task.finish()?;
+        rig.guest.reload(vcpu.fd(), 0, &program)?;
+        assert_eq!(vcpu.run()?, Exit::Halt, "{kind:?}");
+        let dead = [0xff, 0xffff, 0xffff_ffff, u64::MAX, 0xffff_ffff, 0x5520];
+        assert_eq!(rig.guest.log(0)?, dead, "{kind:?}");
+        let told = broken(&rig.vm);
+        assert_eq!(told.len(), 1, "{kind:?}: {told:?}");
+        assert_eq!(told[0].0, served.id, "{kind:?}");
+        assert!(served.channel.cause().is_some(), "{kind:?}");
+        // Doorbells that never reach the wire are none of its business.
+        let writes = if kind.name == Forward::NAME { 3 } else { 2 };
+        assert_eq!(served.channel.undelivered_writes(), writes, "{kind:?}");
+
+        let recorder = plain();
+        let revived = serve(&rig, kind, &region(), true, recorder.clone())?;
+        rig.guest.reload(vcpu.fd(), 0, &program)?;
+        assert_eq!(vcpu.run()?, Exit::Halt, "{kind:?}");
+        assert_eq!(rig.guest.log(0)?, well, "{kind:?}");
+        assert_eq!(recorder.told().len(), 8, "{kind:?}: {:?}", recorder.told());
+        assert_eq!(broken(&rig.vm), [], "{kind:?}");
+        assert_eq!(other.channel.undelivered_writes(), 0, "{kind:?}");
+        for task in [revived.task, other.task] {
+            task.finish()?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn device_that_dies_with_a_command_in_its_hands_reads_all_ones() -> Result<()> {
+    for transport in Transport::ALL {
+        let _watchdog = watchdog(format!("{transport}"), Duration::from_secs(60));
+        let (told, mut log) = with_raw_device(transport, |mut wire| {
+            recv(&mut *wire);
+        })?;
+        assert_eq!(log.remove(0), 0xffff_ffff, "{transport}");
+        assert_eq!(log[0], 0x5520, "{transport}");
+        assert_eq!(told.len(), 1, "{transport}: {told:?}");
+    }
+    Ok(())
+}
+
+/// Receives one message as a device does.
+fn recv(wire: &mut dyn Wire) -> Message {
+    loop {
+        match wire.try_recv() {
+            Ok(Try::Done(message)) => return message,
+            Ok(Try::WouldBlock) => {}
+            Err(error) => panic!("the device's end: {error}"),
+        }
+        if wire.prepare_sleep(false) {
+            let mut fds: Vec<_> =
+                wire.poll_fds(false).into_iter().flatten().map(|(fd, flags)| PollFd::new(fd, flags)).collect();
+            let _ = poll(&mut fds, PollTimeout::NONE);
+        }
+        wire.finish_sleep();
+    }
+}
+
+/// Runs a guest that reads, writes and reads again at a device that is given as what it does
+/// with its wire, and that uses a well-behaved device in between. What the device returns is
+/// kept until the guest has halted. A new device revives the region then. Returns which regions
+/// broke and why, and what the guest read, the well-behaved device's values at odd places.
+fn with_raw_device<T: Send + 'static>(
+    transport: Transport,
+    device: impl FnOnce(Box<dyn Wire>) -> T + Send + 'static,
+) -> Result<(Vec<(RegionId, String)>, Vec<u64>)> {
+    handle_sigusr1()?;
+    let kind = Kind { name: Forward::NAME, transport };
+    let rig = Rig::with(None)?;
+    let (channel, wire) = Channel::pair(transport)?;
+    let assigned = rig.vm.assign(&region(), &Forward::new(&channel))?;
+    let other = serve(&rig, kind, &other_region(), false, plain())?;
+    let mut program = Program::new();
+    for _ in 0..20 {
+        program.read(Bus::Mmio, MMIO_BASE + 0x20, 4);
+        program.read(Bus::Mmio, OTHER + 0x20, 4);
+        program.write(Bus::Mmio, MMIO_BASE + 0x30, 4, 1);
+        program.write(Bus::Mmio, OTHER + 0x30, 4, 1);
+    }
+    let device = std::thread::spawn(move || device(wire));
+    let runner = Runner::new(rig.vcpu(0, &program)?);
+    runner.start();
+    let kept = device.join().map_err(|_| anyhow::anyhow!("the device panicked"));
+    assert_eq!(runner.exit()?, Exit::Halt);
+    drop(kept);
+    let vcpu = runner.finish()?;
+    drop(assigned);
+    let log = rig.guest.log(0)?;
+    let told = broken(&rig.vm);
+
+    let revived = serve(&rig, kind, &region(), true, plain())?;
+    rig.guest.reload(vcpu.fd(), 0, &program)?;
+    let again = Runner::new(vcpu);
+    again.start();
+    assert_eq!(again.exit()?, Exit::Halt);
+    again.finish()?;
+    assert_eq!(rig.guest.log(0)?, [0x5520; 40], "{transport}");
+    revived.task.finish()?;
+    assert!(log.iter().skip(1).step_by(2).all(|value| *value == 0x5520), "{transport}: {log:x?}");
+    assert_eq!(other.channel.cause(), None, "{transport}");
+    other.task.finish()?;
+    Ok((told, log))
+}
+
+/// The descriptor that a device's responses go into.
+fn response_fd(transport: Transport, fds: &[OwnedFd]) -> &OwnedFd {
+    match transport {
+        Transport::Pipes => &fds[1],
+        _ => &fds[0],
+    }
+}
+
+#[test]
+fn short_response_breaks_only_its_region() -> Result<()> {
+    for transport in [Transport::Stream, Transport::Seqpacket, Transport::Pipes] {
+        let _watchdog = watchdog(format!("{transport}"), Duration::from_secs(60));
+        let (told, log) = with_raw_device(transport, move |mut wire| {
+            recv(&mut *wire);
+            let fds = wire.into_fds();
+            let _ = nix::unistd::write(response_fd(transport, &fds), &[1; 8]);
+            // Where there are no boundaries, only the end shows that the rest will not come.
+            (transport == Transport::Seqpacket).then_some(fds)
+        })?;
+        assert!(log.iter().step_by(2).all(|value| *value == 0xffff_ffff), "{transport}: {log:x?}");
+        assert_eq!(told.len(), 1, "{transport}: {told:?}");
+        println!("{transport}: {}", told[0].1);
+    }
+    Ok(())
+}
+
+#[test]
+fn empty_response_breaks_only_its_region() -> Result<()> {
+    let _watchdog = watchdog("empty", Duration::from_secs(60));
+    let (told, log) = with_raw_device(Transport::Seqpacket, |mut wire| {
+        recv(&mut *wire);
+        let fds = wire.into_fds();
+        let _ = nix::unistd::write(&fds[0], &[]);
+        // An empty write may be nothing at all; an empty packet is one.
+        use std::os::fd::AsRawFd as _;
+        let _ = nix::sys::socket::send(fds[0].as_raw_fd(), &[], nix::sys::socket::MsgFlags::MSG_NOSIGNAL);
+        fds
+    })?;
+    assert!(log.iter().step_by(2).all(|value| *value == 0xffff_ffff), "{log:x?}");
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert!(told[0].1.contains("empty"), "{told:?}");
+    Ok(())
+}
+
+#[test]
+fn oversized_response_breaks_only_its_region() -> Result<()> {
+    for transport in [Transport::Stream, Transport::Seqpacket, Transport::Pipes] {
+        let _watchdog = watchdog(format!("{transport}"), Duration::from_secs(60));
+        let (told, _) = with_raw_device(transport, move |mut wire| {
+            recv(&mut *wire);
+            let fds = wire.into_fds();
+            let _ = nix::unistd::write(response_fd(transport, &fds), &[0; 100]);
+            // Where there are no boundaries, it is three responses and the start of another.
+            (transport == Transport::Seqpacket).then_some(fds)
+        })?;
+        assert_eq!(told.len(), 1, "{transport}: {told:?}");
+        if transport == Transport::Seqpacket {
+            assert!(told[0].1.contains("protocol"), "{transport}: {told:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn unsolicited_responses_hurt_only_their_region() -> Result<()> {
+    for transport in Transport::ALL {
+        let _watchdog = watchdog(format!("{transport}"), Duration::from_secs(60));
+        let (told, log) = with_raw_device(transport, |mut wire| {
+            recv(&mut *wire);
+            let mut accepted = 0;
+            for data in 0..64 {
+                if wire.try_send(&Response { data }.encode()).is_ok_and(|tried| tried == Try::Done(())) {
+                    accepted += 1;
+                }
+            }
+            assert_eq!(accepted, 64);
+            wire
+        })?;
+        // Those that are there before the guest's next access cannot be told from answers to
+        // it: the guest reads this device's values, and no other's.
+        assert!(log.iter().step_by(2).all(|value| *value < 64 || *value == 0xffff_ffff), "{transport}: {log:x?}");
+        assert!(told.len() <= 1, "{transport}: {told:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn garbage_hurts_only_its_region() -> Result<()> {
+    let seed: u64 = rand::random();
+    println!("seed {seed:#x}");
+    let mut random = rand::rngs::StdRng::seed_from_u64(seed);
+    for round in 0..40 {
+        for transport in Transport::ALL {
+            let _watchdog = watchdog(format!("{transport} {round}"), Duration::from_secs(60));
+            let mut garbage = vec![0; random.random_range(1..9000)];
+            random.fill(&mut garbage[..]);
+            with_raw_device(transport, move |mut wire| {
+                recv(&mut *wire);
+                let fds = wire.into_fds();
+                match transport {
+                    Transport::Mailbox => {
+                        let _ = nix::sys::uio::pwrite(fds[0].as_fd(), &garbage, 0);
+                        let _ = nix::unistd::write(&fds[2], &1_u64.to_ne_bytes());
+                    }
+                    _ => _ = nix::unistd::write(response_fd(transport, &fds), &garbage),
+                }
+                // Gone after a while: a device that sends nothing more is a slow one.
+                std::thread::sleep(Duration::from_millis(2));
+            })?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn mailbox_with_impossible_positions_breaks_only_its_region() -> Result<()> {
+    let _watchdog = watchdog("mailbox", Duration::from_secs(60));
+    let (told, log) = with_raw_device(Transport::Mailbox, |mut wire| {
+        recv(&mut *wire);
+        let fds = wire.into_fds();
+        let _ = nix::sys::uio::pwrite(fds[0].as_fd(), &[0x77; 8192], 0);
+        let _ = nix::unistd::write(&fds[2], &1_u64.to_ne_bytes());
+        fds
+    })?;
+    assert!(log.iter().step_by(2).all(|value| *value == 0xffff_ffff), "{log:x?}");
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert!(told[0].1.contains("protocol"), "{told:?}");
+    Ok(())
+}
+
+#[test]
+fn mailbox_whose_eventfds_block_cannot_stop_a_kick() -> Result<()> {
+    handle_sigusr1()?;
+    let _watchdog = watchdog("mailbox", Duration::from_secs(60));
+    let rig = Rig::with(None)?;
+    let (channel, wire) = Channel::pair(Transport::Mailbox)?;
+    let _assigned = rig.vm.assign(&region(), &Forward::new(&channel))?;
+    let fds = wire.into_fds();
+    for bell in &fds[1..3] {
+        // Both processes share the flags of the open file.
+        nix::fcntl::fcntl(bell, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty()))?;
+    }
+    let mut program = Program::new();
+    program.read(Bus::Mmio, MMIO_BASE + 0x20, 4);
+    let runner = Runner::new(rig.vcpu(0, &program)?);
+    for _ in 0..3 {
+        runner.start();
+        assert_eq!(runner.exit_within(Duration::from_millis(20))?, None);
+        runner.kicker.kick(Signal::SIGUSR1);
+        assert_eq!(runner.exit()?, Exit::Interrupted);
+    }
+    rig.vm.remove(&region())?;
+    runner.start();
+    assert_eq!(runner.exit()?, Exit::Halt);
+    assert_eq!(rig.guest.log(0)?, [0xffff_ffff]);
+    runner.finish().map(drop)
+}
+
+#[test]
+fn device_that_never_reads_posted_writes_blocks_interruptibly() -> Result<()> {
+    const WRITES: u32 = 20_000;
+    handle_sigusr1()?;
+    for kind in channel_kinds().filter(|kind| kind.name == Forward::NAME) {
+        let _watchdog = watchdog(format!("{kind:?}"), Duration::from_secs(60));
+        let rig = Rig::with(None)?;
+        let posted = Region::mmio(MMIO_BASE, 0x1000).user_data(7).posted_writes();
+        let (channel, id, end) = place(&rig, kind, &posted, false)?;
+        let other = serve(&rig, kind, &other_region(), false, plain())?;
+        let mut program = Program::new();
+        program.repeat(WRITES, |p| _ = p.write_counter(Bus::Mmio, MMIO_BASE + 0x30, 4, 0, 1));
+        program.read(Bus::Mmio, OTHER + 0x20, 4);
+        program.read(Bus::Mmio, MMIO_BASE + 0x20, 4);
+        let runner = Runner::new(rig.vcpu(0, &program)?);
+        runner.start();
+        let mut blocked = None;
+        wait_until("the block", || {
+            // It blocks when its count of exits stands still; a kick shows where it is.
+            std::thread::sleep(Duration::from_millis(50));
+            runner.kicker.kick(Signal::SIGUSR1);
+            assert_eq!(runner.exit().ok(), Some(Exit::Interrupted), "{kind:?}");
+            let (tell, count) = std::sync::mpsc::channel();
+            runner.with(move |vcpu| Ok(tell.send(vcpu.stats().carried)?));
+            let count = count.recv().ok();
+            let stands = blocked == count;
+            blocked = count;
+            runner.start();
+            stands
+        });
+        let accepted = blocked.unwrap_or_default();
+        println!("{kind:?}: {accepted} writes until it blocked");
+        assert!(accepted > 0 && accepted < u64::from(WRITES), "{kind:?}: {accepted}");
+        assert_eq!(channel.undelivered_writes(), 0, "{kind:?}");
+        drop(end);
+        assert_eq!(runner.exit()?, Exit::Halt, "{kind:?}");
+        assert_eq!(rig.guest.log(0)?, [0x5520, 0xffff_ffff], "{kind:?}");
+        assert_eq!(channel.undelivered_writes(), u64::from(WRITES) - accepted, "{kind:?}");
+        let told = broken(&rig.vm);
+        assert_eq!(told.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [id], "{kind:?}: {told:?}");
+        runner.finish()?;
+        other.task.finish()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn posted_writes_to_a_slow_device_all_arrive_in_order() -> Result<()> {
+    const WRITES: u32 = 20_000;
+    for kind in channel_kinds().filter(|kind| kind.name == Forward::NAME) {
+        let _watchdog = watchdog(format!("{kind:?}"), Duration::from_secs(60));
+        let rig = Rig::with(None)?;
+        let posted = Region::mmio(MMIO_BASE, 0x1000).user_data(7).posted_writes();
+        let device = Gated::default();
+        let served = serve(&rig, kind, &posted, false, device.clone())?;
+        let mut program = Program::new();
+        program.repeat(WRITES, |p| _ = p.write_counter(Bus::Mmio, MMIO_BASE + 0x30, 4, 0, 1));
+        program.read(Bus::Mmio, MMIO_BASE + 0x20, 4);
+        let runner = Runner::new(rig.vcpu(0, &program)?);
+        runner.start();
+        assert_eq!(runner.exit_within(Duration::from_millis(100))?, None, "{kind:?}");
+        device.gate.open();
+        assert_eq!(runner.exit()?, Exit::Halt, "{kind:?}");
+        runner.finish()?;
+        assert_eq!(rig.guest.log(0)?, [u64::from(WRITES)], "{kind:?}");
+        let values: Vec<_> = device.recorder.told().into_iter().map_while(|told| match told {
+            Told::Write(_, value) => Some(value),
+            _ => None,
+        }).collect();
+        assert_eq!(values, (0..u64::from(WRITES)).collect::<Vec<_>>(), "{kind:?}");
+        served.task.finish()?;
+    }
+    Ok(())
+}
+
+/// The kinds that keep a queue for a doorbell in the kernel.
+fn fifo_kinds() -> impl Iterator<Item = Kind> {
+    channel_kinds().filter(|kind| kind.name == Ebpf::NAME)
+}
+
+fn fifo_region() -> Region {
+    let doorbell = Doorbell::new(0x10, Size::B4).delivery(Delivery::Fifo);
+    Region::mmio(MMIO_BASE, 0x1000).user_data(7).doorbell(doorbell)
+}
+
+#[test]
+fn fifo_doorbells_of_a_dead_device_block_nobody_and_are_reported() -> Result<()> {
+    const WRITES: u32 = 2000;
+    let bpf = bpf()?;
+    for kind in fifo_kinds() {
+        let _watchdog = watchdog(format!("{kind:?}"), Duration::from_secs(60));
+        let rig = Rig::with(Some(bpf.clone()))?;
+        let (channel, id, end) = place(&rig, kind, &fifo_region(), false)?;
+        let other = serve(&rig, kind, &other_region(), false, plain())?;
+        drop(end);
+        let mut program = Program::new();
+        program.repeat(WRITES, |p| _ = p.write_counter(Bus::Mmio, MMIO_BASE + 0x10, 4, 0, 1));
+        program.read(Bus::Mmio, OTHER + 0x20, 4);
+        let (log, _vcpu) = rig.run(&program)?;
+        assert_eq!(log, [0x5520], "{kind:?}");
+        let mut told = Vec::new();
+        wait_until("the report", || {
+            told.extend(broken(&rig.vm));
+            !told.is_empty()
+        });
+        assert_eq!(told.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [id], "{kind:?}: {told:?}");
+        wait_until("the count", || channel.undelivered_writes() >= u64::from(WRITES) - 64);
+        other.task.finish()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn fifo_doorbells_of_a_device_that_never_reads_block_only_who_writes_them() -> Result<()> {
+    const WRITES: u32 = 80_000;
+    const OTHER_WRITES: u32 = 2000;
+    handle_sigusr1()?;
+    let bpf = bpf()?;
+    for kind in fifo_kinds() {
+        let _watchdog = watchdog(format!("{kind:?}"), Duration::from_secs(60));
+        let rig = Rig::with(Some(bpf.clone()))?;
+        let (_channel, id, end) = place(&rig, kind, &fifo_region(), false)?;
+        let mut other_region = Region { base: OTHER, user_data: 8, ..fifo_region() };
+        other_region.doorbells.push(Doorbell::new(0x18, Size::B4));
+        let other_device = plain();
+        let other = serve(&rig, kind, &other_region, false, other_device.clone())?;
+        let mut program = Program::new();
+        program.repeat(WRITES, |p| _ = p.write_counter(Bus::Mmio, MMIO_BASE + 0x10, 4, 0, 1));
+        program.read(Bus::Mmio, MMIO_BASE + 0x20, 4);
+        let blocked = Runner::new(rig.vcpu(0, &program)?);
+        blocked.start();
+        assert_eq!(blocked.exit_within(Duration::from_millis(300))?, None, "{kind:?}");
+
+        let mut program = Program::new();
+        program.repeat(OTHER_WRITES, |p| _ = p.write_counter(Bus::Mmio, OTHER + 0x10, 4, 0, 1));
+        program.read(Bus::Mmio, OTHER + 0x20, 4);
+        let goes_on = Runner::new(rig.vcpu(1, &program)?);
+        goes_on.start();
+        assert_eq!(goes_on.exit()?, Exit::Halt, "{kind:?}");
+        goes_on.finish()?;
+        assert_eq!(rig.guest.log(1)?, [0x5520], "{kind:?}");
+        wait_until("the doorbells", || other_device.told().len() == OTHER_WRITES as usize + 1);
+
+        blocked.kicker.kick(Signal::SIGUSR1);
+        assert_eq!(blocked.exit()?, Exit::Interrupted, "{kind:?}");
+        blocked.start();
+        drop(end);
+        assert_eq!(blocked.exit()?, Exit::Halt, "{kind:?}");
+        assert_eq!(rig.guest.log(0)?, [0xffff_ffff], "{kind:?}");
+        let told = broken(&rig.vm);
+        assert_eq!(told.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [id], "{kind:?}: {told:?}");
+        println!("{kind:?}: {}", told[0].1);
+        blocked.finish()?;
+        other.task.finish()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn fifo_doorbells_of_a_slow_device_all_arrive_in_order() -> Result<()> {
+    const WRITES: u32 = 20_000;
+    let bpf = bpf()?;
+    for kind in fifo_kinds() {
+        let _watchdog = watchdog(format!("{kind:?}"), Duration::from_secs(60));
+        let rig = Rig::with(Some(bpf.clone()))?;
+        let device = plain();
+        let (_channel, _, end) = place(&rig, kind, &fifo_region(), false)?;
+        let mut program = Program::new();
+        program.repeat(WRITES, |p| _ = p.write_counter(Bus::Mmio, MMIO_BASE + 0x10, 4, 0, 1));
+        let runner = Runner::new(rig.vcpu(0, &program)?);
+        runner.start();
+        // The device begins late; the ring is full by then, and more than the wire holds waits.
+        let halted = runner.exit_within(Duration::from_millis(200))?;
+        let task = Task::spawn(end, device.clone(), WaitPolicy::Sleep)?;
+        assert_eq!(halted.map_or_else(|| runner.exit(), Ok)?, Exit::Halt, "{kind:?}");
+        wait_until("the doorbells", || device.told().len() == WRITES as usize);
+        for (i, told) in device.told().iter().enumerate() {
+            assert!(
+                matches!(told, Told::Ring(ring) if ring.value == Some(i as u64) && ring.writes == 1),
+                "{kind:?}: {i}: {told:?}"
+            );
+        }
+        assert_eq!(broken(&rig.vm), [], "{kind:?}");
+        let vcpu = runner.finish()?;
+        println!("{kind:?}: {:?}", vcpu.stats());
+        drop(vcpu);
+        task.finish()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn waits_go_on_while_fifo_doorbells_pass_over_the_same_channel() -> Result<()> {
+    const ROUNDS: u32 = 20_000;
+    let bpf = bpf()?;
+    for kind in fifo_kinds() {
+        let _watchdog = watchdog(format!("{kind:?}"), Duration::from_secs(60));
+        let rig = Rig::with(Some(bpf.clone()))?;
+        let device = plain();
+        let served = serve(&rig, kind, &fifo_region(), false, device.clone())?;
+        let mut reads = Program::new();
+        reads.repeat(ROUNDS / 4, |p| _ = p.read(Bus::Mmio, MMIO_BASE + 0x20, 4));
+        let mut rings = Program::new();
+        rings.repeat(ROUNDS, |p| _ = p.write_counter(Bus::Mmio, MMIO_BASE + 0x10, 4, 0, 1));
+        let runners = [Runner::new(rig.vcpu(0, &reads)?), Runner::new(rig.vcpu(1, &rings)?)];
+        for runner in &runners {
+            runner.start();
+        }
+        for runner in runners {
+            assert_eq!(runner.exit()?, Exit::Halt, "{kind:?}");
+            runner.finish()?;
+        }
+        let rung = || device.told().into_iter().filter(|told| matches!(told, Told::Ring(_))).count();
+        wait_until("the doorbells", || rung() == ROUNDS as usize);
+        served.task.finish()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn fifo_doorbells_pass_a_vcpu_that_stopped_in_mid_access() -> Result<()> {
+    const WRITES: u32 = 500;
+    handle_sigusr1()?;
+    let bpf = bpf()?;
+    for kind in fifo_kinds() {
+        let _watchdog = watchdog(format!("{kind:?}"), Duration::from_secs(60));
+        let rig = Rig::with(Some(bpf.clone()))?;
+        let device = Gated::default();
+        let served = serve(&rig, kind, &fifo_region(), false, device.clone())?;
+        let mut program = Program::new();
+        program.read(Bus::Mmio, MMIO_BASE + 0x20, 4);
+        let stops = Runner::new(rig.vcpu(0, &program)?);
+        stops.start();
+        device.gate.wait_for(1);
+        stops.signal();
+        assert_eq!(stops.exit()?, Exit::Interrupted, "{kind:?}");
+        let mut program = Program::new();
+        program.repeat(WRITES, |p| _ = p.write_counter(Bus::Mmio, MMIO_BASE + 0x10, 4, 0, 1));
+        let goes_on = Runner::new(rig.vcpu(1, &program)?);
+        goes_on.start();
+        assert_eq!(goes_on.exit_within(Duration::from_millis(50))?.filter(|exit| *exit != Exit::Halt), None);
+        device.gate.open();
+        wait_until("the doorbells", || device.recorder.told().len() == WRITES as usize + 1);
+        stops.start();
+        assert_eq!(stops.exit()?, Exit::Halt, "{kind:?}");
+        goes_on.finish()?;
+        stops.finish()?;
+        served.task.finish()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn ioeventfd_doorbells_of_a_dead_device_do_not_exit() -> Result<()> {
+    let kind = Kind { name: Ioeventfd::NAME, transport: Transport::Stream };
+    let rig = Rig::with(None)?;
+    let (_, _, end) = place(&rig, kind, &region(), false)?;
+    drop(end);
+    let mut program = Program::new();
+    program.repeat(1000, |p| _ = p.write_counter(Bus::Mmio, MMIO_BASE + 0x10, 4, 0, 1));
+    let (_, vcpu) = rig.run(&program)?;
+    assert_eq!(vcpu.stats().exits, 0);
+    Ok(())
+}
+
+/// The layout is part of the agreement: a device that expects another one gives up.
+#[test]
+fn device_with_another_layout_breaks_only_its_region() -> Result<()> {
+    let rig = Rig::with(None)?;
+    let _watchdog = watchdog("layout", Duration::from_secs(60));
+    let (channel, wire) = Channel::pair(Transport::Stream)?;
+    let assigned = rig.vm.assign(&region(), &Forward::new(&channel))?;
+    let end = assigned.attach(DeviceEnd::new(wire, Layout::V3));
+    let task = Task::spawn(end, plain(), WaitPolicy::Sleep)?;
+    let mut program = Program::new();
+    program.write(Bus::Mmio, MMIO_BASE + 0x30, 8, u64::MAX);
+    program.read(Bus::Mmio, MMIO_BASE + 0x20, 4);
+    let mut vcpu = rig.vcpu(0, &program)?;
+    assert_eq!(vcpu.run()?, Exit::Halt);
+    assert_eq!(rig.guest.log(0)?, [0xffff_ffff]);
+    assert_eq!(broken(&rig.vm).len(), 1);
+    assert!(task.finish().is_err_and(|error| format!("{error:#}").contains("bad command")));
+    Ok(())
+}

@@ -1,0 +1,242 @@
+//! What several test files need.
+#![allow(dead_code, reason = "each test file uses a part")]
+
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use ioregion_abi::wire::Layout;
+use ioregion_conformance::{KINDS, Kind, Recorder, Rig, Task, mechanism};
+use ioregion_dispatch::mechanism::KvmRun;
+use ioregion_dispatch::server::{DeviceEnd, WaitPolicy};
+use ioregion_dispatch::{Access, Channel, Device, Event, Exit, Kicker, RegionId, Ring, Vcpu};
+use ioregion_dispatch::{Program as Bpf, Region, Vm};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+
+/// Every kind with a channel: `kvm-run` has no device task that could be slow or die.
+pub fn channel_kinds() -> impl Iterator<Item = Kind> {
+    KINDS.into_iter().filter(|kind| kind.name != KvmRun::NAME)
+}
+
+pub fn bpf() -> Result<Arc<Bpf>> {
+    Ok(Bpf::load_default()?)
+}
+
+/// Ends the process if it is not dropped in time: a deadlock must not look like a slow machine.
+pub struct Watchdog(#[allow(dead_code, reason = "dropping it calls the dog off")] Sender<()>);
+
+pub fn watchdog(what: impl Into<String>, time: Duration) -> Watchdog {
+    let (alive, dead) = channel::<()>();
+    let what = what.into();
+    std::thread::spawn(move || {
+        if dead.recv_timeout(time) == Err(RecvTimeoutError::Timeout) {
+            eprintln!("{what}: not done after {time:?}");
+            std::process::abort();
+        }
+    });
+    Watchdog(alive)
+}
+
+/// Waits until `done`, for ten seconds.
+pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(10);
+    while !done() {
+        assert!(Instant::now() < end, "{what} did not come in time");
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
+/// A gate in front of a device: while it is closed, accesses that reach the device stay there.
+#[derive(Debug, Clone, Default)]
+pub struct Gate(Arc<(Mutex<GateState>, Condvar)>);
+
+#[derive(Debug, Default)]
+struct GateState {
+    open: bool,
+    arrived: u64,
+}
+
+impl Gate {
+    pub fn open(&self) {
+        self.0.0.lock().unwrap_or_else(PoisonError::into_inner).open = true;
+        self.0.1.notify_all();
+    }
+
+    /// Accesses that have reached the gate so far.
+    pub fn arrived(&self) -> u64 {
+        self.0.0.lock().unwrap_or_else(PoisonError::into_inner).arrived
+    }
+
+    pub fn wait_for(&self, arrived: u64) {
+        wait_until("the access at the gate", || self.arrived() >= arrived);
+    }
+
+    fn pass(&self) {
+        let mut state = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        state.arrived += 1;
+        while !state.open {
+            state = self.0.1.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// A recorder behind a gate.
+#[derive(Debug, Clone, Default)]
+pub struct Gated {
+    pub gate: Gate,
+    pub recorder: Recorder,
+}
+
+impl Device for Gated {
+    fn read(&mut self, access: Access) -> u64 {
+        self.gate.pass();
+        self.recorder.read(access)
+    }
+
+    fn write(&mut self, access: Access, data: u64) {
+        self.gate.pass();
+        self.recorder.write(access, data);
+    }
+
+    fn doorbell(&mut self, ring: Ring) {
+        self.recorder.doorbell(ring);
+    }
+}
+
+/// A region that is served over a channel.
+#[derive(Debug)]
+pub struct Served {
+    pub channel: Arc<Channel>,
+    pub id: RegionId,
+    pub task: Task,
+}
+
+/// Assigns a region to a mechanism of a kind with a channel, or modifies it, and serves it.
+pub fn serve(rig: &Rig, kind: Kind, region: &Region, modify: bool, device: impl Device + 'static) -> Result<Served> {
+    let (channel, id, end) = place(rig, kind, region, modify)?;
+    let task = Task::spawn(end, device, WaitPolicy::Sleep)?;
+    Ok(Served { channel, id, task })
+}
+
+/// The same, with the device's end unserved.
+pub fn place(rig: &Rig, kind: Kind, region: &Region, modify: bool) -> Result<(Arc<Channel>, RegionId, DeviceEnd)> {
+    let (channel, wire) = Channel::pair(kind.transport)?;
+    let mechanism = mechanism(kind, &channel)?;
+    let assigned = if modify {
+        rig.vm.modify(region, &*mechanism)?
+    } else {
+        rig.vm.assign(region, &*mechanism)?
+    };
+    let id = assigned.id;
+    Ok((channel, id, assigned.attach(DeviceEnd::new(wire, Layout::default()))))
+}
+
+/// All events so far.
+pub fn events(vm: &Vm) -> Vec<Event> {
+    std::iter::from_fn(|| vm.next_event()).collect()
+}
+
+/// The regions of the `Broken` events so far, with their causes.
+pub fn broken(vm: &Vm) -> Vec<(RegionId, String)> {
+    let broken = |event| match event {
+        Event::Broken { region, cause } => Some((region, cause)),
+        Event::ProgramGone { .. } => None,
+    };
+    events(vm).into_iter().filter_map(broken).collect()
+}
+
+/// Gives SIGUSR1 a handler that does nothing, so that it interrupts system calls.
+pub fn handle_sigusr1() -> Result<()> {
+    extern "C" fn nothing(_: i32) {}
+    let action = SigAction::new(SigHandler::Handler(nothing), SaFlags::empty(), SigSet::empty());
+    // SAFETY: The handler does nothing at all.
+    unsafe { sigaction(Signal::SIGUSR1, &action)? };
+    Ok(())
+}
+
+/// Runs until `done` says so of an exit that is neither an interruption nor the end.
+pub fn run_until_halt(vcpu: &mut Vcpu, mut unclaimed: impl FnMut(ioregion_dispatch::BusAccess)) -> Result<()> {
+    loop {
+        match vcpu.run()? {
+            Exit::Halt => return Ok(()),
+            Exit::Interrupted => {}
+            Exit::Unclaimed(access) => unclaimed(access),
+            other => anyhow::bail!("the guest stopped with {other:?}"),
+        }
+    }
+}
+
+/// A vCPU on a thread of its own, run step by step.
+pub struct Runner {
+    pub kicker: Kicker,
+    pub thread: libc::pthread_t,
+    steps: Sender<Step>,
+    exits: std::sync::mpsc::Receiver<Result<Exit>>,
+    joined: std::thread::JoinHandle<Option<Vcpu>>,
+}
+
+type Step = Box<dyn FnOnce(&mut Vcpu) -> Result<Option<Exit>> + Send>;
+
+impl Runner {
+    pub fn new(mut vcpu: Vcpu) -> Self {
+        let kicker = vcpu.kicker();
+        let (steps, todo) = channel::<Step>();
+        let (report, exits) = channel();
+        let (tell, thread) = channel();
+        let joined = std::thread::spawn(move || {
+            // SAFETY: No memory is involved.
+            let _ = tell.send(unsafe { libc::pthread_self() });
+            for step in todo {
+                match step(&mut vcpu) {
+                    Ok(None) => {}
+                    Ok(Some(exit)) => _ = report.send(Ok(exit)),
+                    Err(error) => _ = report.send(Err(error)),
+                }
+            }
+            Some(vcpu)
+        });
+        let thread = thread.recv().unwrap_or_default();
+        Self { kicker, thread, steps, exits, joined }
+    }
+
+    /// Has the thread do something with the vCPU.
+    pub fn with(&self, step: impl FnOnce(&mut Vcpu) -> Result<()> + Send + 'static) {
+        let _ = self.steps.send(Box::new(move |vcpu| step(vcpu).map(|()| None)));
+    }
+
+    /// Starts one `run`.
+    pub fn start(&self) {
+        let _ = self.steps.send(Box::new(|vcpu| Ok(Some(vcpu.run()?))));
+    }
+
+    /// Sends the thread a signal.
+    pub fn signal(&self) {
+        // SAFETY: The thread lives until it is joined, which takes `self`.
+        unsafe { libc::pthread_kill(self.thread, libc::SIGUSR1) };
+    }
+
+    /// How the `run` ended; `None` if it goes on for `time`.
+    pub fn exit_within(&self, time: Duration) -> Result<Option<Exit>> {
+        match self.exits.recv_timeout(time) {
+            Ok(exit) => exit.map(Some),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => anyhow::bail!("the vCPU thread is gone"),
+        }
+    }
+
+    /// How the `run` ended.
+    pub fn exit(&self) -> Result<Exit> {
+        match self.exit_within(Duration::from_secs(20))? {
+            Some(exit) => Ok(exit),
+            None => anyhow::bail!("the vCPU does not come back"),
+        }
+    }
+
+    /// Ends the thread and takes the vCPU back.
+    pub fn finish(self) -> Result<Vcpu> {
+        drop(self.steps);
+        let vcpu = self.joined.join().ok().flatten();
+        vcpu.ok_or_else(|| anyhow::anyhow!("the vCPU thread panicked"))
+    }
+}
