@@ -6,7 +6,7 @@ use core::{
 };
 
 use aya_ebpf::bindings::BPF_RB_FORCE_WAKEUP;
-use ioregion_abi::bpf::{CONTROL_ARM, CONTROL_DIRTY, MatchEntry, VcpuRecord};
+use ioregion_abi::bpf::{CONTROL_ARM, CONTROL_DIRTY, Fate, MatchEntry, VcpuRecord};
 
 use crate::maps::{CONTROLS, SLOTS, WAKERS};
 
@@ -64,24 +64,31 @@ unsafe fn exchange(word: *mut u64, mut value: u64) -> u64 {
     value
 }
 
-/// Stores the value of a doorbell and wakes its task as the entry says.
-///
-/// Returns whether the value is in the slot.
+/// Stores the value of a doorbell, or announces it to the task that drains the coalesced ring,
+/// and wakes that task as the entry says. Returns which of the two was done.
 #[inline(always)]
-pub fn doorbell(entry: &MatchEntry, data: u64, record: &mut VcpuRecord) -> bool {
-    let stored = entry.flags & MatchEntry::STORE != 0 && store(entry, data, record);
-    if entry.flags & MatchEntry::STORE == 0 {
-        announce(entry.port, record);
+pub fn doorbell(entry: &MatchEntry, data: u64, record: &mut VcpuRecord) -> Fate {
+    let (done, fate) = if entry.flags & MatchEntry::STORE != 0 {
+        (store(entry, data, record), Fate::Captured)
+    } else {
+        (announce(entry.port, record), Fate::Announced)
+    };
+    if !done {
+        // Its region is being removed: the access exits and is dispatched anew.
+        return Fate::Unseen;
     }
     wake(entry.port, entry.flags, record);
-    stored
+    fate
 }
 
 /// Tells the task that drains the coalesced ring that one more write is on its way there.
 #[inline(always)]
-pub fn zone_write(port: u32, record: &mut VcpuRecord) {
-    announce(port, record);
+pub fn zone_write(port: u32, record: &mut VcpuRecord) -> Fate {
+    if !announce(port, record) {
+        return Fate::Unseen;
+    }
     wake(port, MatchEntry::WAKE_ARMED, record);
+    Fate::Announced
 }
 
 #[inline(always)]
@@ -115,14 +122,14 @@ fn store(entry: &MatchEntry, data: u64, record: &mut VcpuRecord) -> bool {
 
 /// Slot 0 of a draining port counts the writes that are on their way into the coalesced ring.
 #[inline(always)]
-fn announce(port: u32, record: &mut VcpuRecord) {
-    match SLOTS.get_value_ptr_mut(port, &0) {
-        // SAFETY: As in `store`.
-        Some(slot) => unsafe {
-            fetch_add(&raw mut (*slot).sequence, 1);
-        },
-        None => record.misdirected += 1,
-    }
+fn announce(port: u32, record: &mut VcpuRecord) -> bool {
+    let Some(slot) = SLOTS.get_value_ptr_mut(port, &0) else {
+        record.misdirected += 1;
+        return false;
+    };
+    // SAFETY: As in `store`.
+    unsafe { fetch_add(&raw mut (*slot).sequence, 1) };
+    true
 }
 
 #[inline(always)]

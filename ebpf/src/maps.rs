@@ -7,8 +7,8 @@ use aya_ebpf::{
 };
 use ioregion_abi::{
     bpf::{
-        MAX_DOORBELLS, MAX_PORTS, MAX_VCPUS, MAX_ZONE_GRANULES, MatchEntry, MatchKey, Slot, VcpuEntry,
-        VcpuRecord, ZoneKey,
+        MAX_DOORBELLS, MAX_PORTS, MAX_VCPUS, MAX_ZONE_GRANULES, MatchEntry, MatchKey, Slot,
+        VcpuEntry, VcpuRecord, ZoneKey,
     },
     matching::Table,
 };

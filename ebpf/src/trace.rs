@@ -4,7 +4,7 @@ use aya_ebpf::{EbpfContext as _, helpers::bpf_probe_read_kernel, programs::RawTr
 use ioregion_abi::{
     Bus,
     access::CHUNK,
-    bpf::{MAX_STRING, Trace, VcpuRecord, ZONE_GRANULE_SHIFT, ZoneKey},
+    bpf::{Fate, MAX_STRING, Trace, VcpuRecord, ZONE_GRANULE_SHIFT, ZoneKey},
     matching,
 };
 
@@ -131,7 +131,12 @@ fn handle(
     let entry = data.and_then(|data| {
         matching::find(&Doorbells, vm, bus, addr, bytes, data).map(|entry| (entry, data))
     });
-    let Some((entry, data)) = entry else {
+    let fate = if let Some((entry, data)) = entry {
+        record.matched += 1;
+        #[cfg(feature = "log")]
+        aya_log_ebpf::debug!(_ctx, "doorbell {:x} <- {:x}", addr, data);
+        deliver::doorbell(&entry, data, record)
+    } else {
         record.unmatched += 1;
         let key = ZoneKey {
             granule: addr >> ZONE_GRANULE_SHIFT,
@@ -139,19 +144,15 @@ fn handle(
             bus: bus as u32,
         };
         // SAFETY: The port is copied out at once.
-        if let Some(port) = unsafe { ZONES.get(key) }.copied() {
-            trace.announced |= bit;
-            deliver::zone_write(port, record);
+        match unsafe { ZONES.get(key) }.copied() {
+            Some(port) => deliver::zone_write(port, record),
+            None => Fate::Unseen,
         }
-        return;
     };
-    record.matched += 1;
-    #[cfg(feature = "log")]
-    aya_log_ebpf::debug!(_ctx, "doorbell {:x} <- {:x}", addr, data);
-    if deliver::doorbell(&entry, data, record) {
-        trace.captured |= bit;
-    } else {
-        trace.announced |= bit;
+    match fate {
+        Fate::Captured => trace.captured |= bit,
+        Fate::Announced => trace.announced |= bit,
+        Fate::Unseen => {}
     }
 }
 

@@ -15,7 +15,8 @@ use ioregion_abi::wire::Layout;
 use ioregion_dispatch::mechanism::{Auto, Ebpf, Forward, Ioeventfd, KvmRun};
 use ioregion_dispatch::server::{DeviceEnd, Stats, Stop, WaitPolicy, serve};
 use ioregion_dispatch::{
-    Access, Assigned, Channel, Device, Exit, Mechanism, Program as Bpf, Region, Ring, Transport, Vcpu, Vm,
+    Access, Assigned, Channel, Device, Exit, Mechanism, Program as Bpf, Region, Ring, Transport,
+    Vcpu, Vm,
 };
 use ioregion_microguest::{DEFAULT_RAM, MicroVm, Program};
 
@@ -43,7 +44,9 @@ pub struct Recorder {
 
 impl std::fmt::Debug for Recorder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Recorder").field("told", &self.told().len()).finish_non_exhaustive()
+        f.debug_struct("Recorder")
+            .field("told", &self.told().len())
+            .finish_non_exhaustive()
     }
 }
 
@@ -56,13 +59,19 @@ impl Default for Recorder {
 impl Recorder {
     /// A recorder that answers reads by a function of what it was told before.
     pub fn answering(answer: impl Fn(&[Told], Access) -> u64 + Send + Sync + 'static) -> Self {
-        Self { told: Arc::default(), answer: Arc::new(answer) }
+        Self {
+            told: Arc::default(),
+            answer: Arc::new(answer),
+        }
     }
 
     /// All that it was told so far.
     #[must_use]
     pub fn told(&self) -> Vec<Told> {
-        self.told.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.told
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// Waits until `done` says that it was told enough; returns all of it.
@@ -78,20 +87,30 @@ impl Recorder {
                 return Ok(told);
             }
             if std::time::Instant::now() > end {
-                bail!("the device was told only {} things, the last of them {:?}", told.len(), told.last());
+                bail!(
+                    "the device was told only {} things, the last of them {:?}",
+                    told.len(),
+                    told.last()
+                );
             }
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
     }
 
     fn note(&self, told: Told) {
-        self.told.lock().unwrap_or_else(PoisonError::into_inner).push(told);
+        self.told
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(told);
     }
 }
 
 impl Device for Recorder {
     fn read(&mut self, access: Access) -> u64 {
-        let answer = (self.answer)(&self.told.lock().unwrap_or_else(PoisonError::into_inner), access);
+        let answer = (self.answer)(
+            &self.told.lock().unwrap_or_else(PoisonError::into_inner),
+            access,
+        );
         self.note(Told::Read(access, answer));
         answer
     }
@@ -116,14 +135,38 @@ pub struct Kind {
 
 /// Every mechanism, `forward` on each of its transports.
 pub const KINDS: [Kind; 8] = [
-    Kind { name: KvmRun::NAME, transport: Transport::Stream },
-    Kind { name: Forward::NAME, transport: Transport::Stream },
-    Kind { name: Forward::NAME, transport: Transport::Seqpacket },
-    Kind { name: Forward::NAME, transport: Transport::Pipes },
-    Kind { name: Forward::NAME, transport: Transport::Mailbox },
-    Kind { name: Ioeventfd::NAME, transport: Transport::Stream },
-    Kind { name: Ebpf::NAME, transport: Transport::Stream },
-    Kind { name: Ebpf::NAME, transport: Transport::Mailbox },
+    Kind {
+        name: KvmRun::NAME,
+        transport: Transport::Stream,
+    },
+    Kind {
+        name: Forward::NAME,
+        transport: Transport::Stream,
+    },
+    Kind {
+        name: Forward::NAME,
+        transport: Transport::Seqpacket,
+    },
+    Kind {
+        name: Forward::NAME,
+        transport: Transport::Pipes,
+    },
+    Kind {
+        name: Forward::NAME,
+        transport: Transport::Mailbox,
+    },
+    Kind {
+        name: Ioeventfd::NAME,
+        transport: Transport::Stream,
+    },
+    Kind {
+        name: Ebpf::NAME,
+        transport: Transport::Stream,
+    },
+    Kind {
+        name: Ebpf::NAME,
+        transport: Transport::Mailbox,
+    },
 ];
 
 /// The eBPF program, loaded once for all tests of one executable.
@@ -165,7 +208,11 @@ impl Task {
     /// # Errors
     ///
     /// The operating system's.
-    pub fn spawn(end: DeviceEnd, mut device: impl Device + 'static, wait: WaitPolicy) -> Result<Self> {
+    pub fn spawn(
+        end: DeviceEnd,
+        mut device: impl Device + 'static,
+        wait: WaitPolicy,
+    ) -> Result<Self> {
         let stop = Stop::new()?;
         let stopped = stop.clone();
         let thread = std::thread::Builder::new()
@@ -227,7 +274,12 @@ impl Rig {
     /// # Errors
     ///
     /// The mechanism's, or the operating system's.
-    pub fn serve(&self, kind: Kind, region: &Region, device: impl Device + Clone + 'static) -> Result<Option<Task>> {
+    pub fn serve(
+        &self,
+        kind: Kind,
+        region: &Region,
+        device: impl Device + Clone + 'static,
+    ) -> Result<Option<Task>> {
         self.serve_waiting(kind, region, device, WaitPolicy::Sleep)
     }
 
@@ -277,7 +329,10 @@ impl Rig {
 
 impl Kind {
     /// The mechanism `ebpf` over a stream.
-    pub const EBPF: Self = Self { name: Ebpf::NAME, transport: Transport::Stream };
+    pub const EBPF: Self = Self {
+        name: Ebpf::NAME,
+        transport: Transport::Stream,
+    };
 
     /// Whether its doorbells need not exit to user space.
     #[must_use]

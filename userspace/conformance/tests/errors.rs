@@ -13,8 +13,8 @@ use ioregion_abi::wire::Layout;
 use ioregion_conformance::{KINDS, Kind, Recorder, Rig, mechanism};
 use ioregion_dispatch::mechanism::{Auto, Ebpf, Forward, Ioeventfd, KvmRun};
 use ioregion_dispatch::{
-    Bus, Channel, Delivery, Doorbell, LoadError, Mechanism, Patience, Program as Bpf, Region, RegionError,
-    RegionErrorKind, Sink, Size, Transport,
+    Bus, Channel, Delivery, Doorbell, LoadError, Mechanism, Patience, Program as Bpf, Region,
+    RegionError, RegionErrorKind, Sink, Size, Transport,
 };
 use ioregion_microguest::{MMIO_BASE, Program};
 use nix::errno::Errno;
@@ -23,7 +23,9 @@ use support::{bpf, channel_kinds};
 
 fn any_mechanism(kind: Kind) -> Result<Box<dyn Mechanism>> {
     if kind.name == KvmRun::NAME {
-        return Ok(Box::new(KvmRun::new(Arc::new(Mutex::new(Recorder::default())))));
+        return Ok(Box::new(KvmRun::new(Arc::new(Mutex::new(
+            Recorder::default(),
+        )))));
     }
     let (channel, wire) = Channel::pair(kind.transport)?;
     // The device's end stays open for the rest of the process.
@@ -64,9 +66,16 @@ fn regions_that_meet_others_are_refused() -> Result<()> {
             let error = refused(rig.vm.assign(&Region::mmio(at, size), &*mechanism), &what);
             assert_eq!(error.errno(), errno, "{what}: {error}");
             let text = error.to_string();
-            assert!(text.contains(&format!("{at:#x}")) && text.contains(&format!("{base:#x}")), "{text}");
+            assert!(
+                text.contains(&format!("{at:#x}")) && text.contains(&format!("{base:#x}")),
+                "{text}"
+            );
         }
-        for region in [Region::mmio(base - 0x1000, 0x1000), Region::mmio(base + 0x1000, 0x1000), Region::pio(0x1000, 16)] {
+        for region in [
+            Region::mmio(base - 0x1000, 0x1000),
+            Region::mmio(base + 0x1000, 0x1000),
+            Region::pio(0x1000, 16),
+        ] {
             let _ = rig.vm.assign(&region, &*mechanism)?;
         }
         rig.vm.remove(&first)?;
@@ -95,7 +104,10 @@ fn unknown_regions_are_refused() -> Result<()> {
             assert_eq!(error.errno(), Errno::ENOENT, "{kind:?}: {error}");
         }
         rig.vm.remove(&known)?;
-        assert_eq!(rig.vm.remove(&known).map_err(|error| error.errno()), Err(Errno::ENOENT));
+        assert_eq!(
+            rig.vm.remove(&known).map_err(|error| error.errno()),
+            Err(Errno::ENOENT)
+        );
     }
     Ok(())
 }
@@ -105,12 +117,18 @@ fn bad_regions() -> Vec<(Region, &'static str)> {
     let mmio = || Region::mmio(MMIO_BASE, 0x1000);
     let pio = || Region::pio(0x1000, 0x10);
     let bell = |offset| Doorbell::new(offset, Size::B4);
-    let pio_at = |base, size| Region { bus: Bus::Pio, ..Region::mmio(base, size) };
+    let pio_at = |base, size| Region {
+        bus: Bus::Pio,
+        ..Region::mmio(base, size)
+    };
     vec![
         (Region::mmio(MMIO_BASE, 0), "empty"),
         (Region::pio(0, 0), "empty"),
         (Region::mmio(u64::MAX, 2), "outside the address space"),
-        (Region::mmio(u64::MAX - 0xfff, 0x1001), "outside the address space"),
+        (
+            Region::mmio(u64::MAX - 0xfff, 0x1001),
+            "outside the address space",
+        ),
         (Region::mmio(1, u64::MAX), "accepted or refused alike"),
         (pio_at(0xffff, 2), "outside the address space"),
         (pio_at(0x1_0000, 1), "outside the address space"),
@@ -120,7 +138,10 @@ fn bad_regions() -> Vec<(Region, &'static str)> {
         (mmio().doorbell(bell(u64::MAX - 1)), "outside the region"),
         (pio().doorbell(Doorbell::new(0, Size::B8)), "size"),
         (mmio().doorbell(bell(0).matching(0x1_0000_0000)), "bits"),
-        (mmio().doorbell(bell(0).matching_masked(0x1_0000_0000, 0)), "bits"),
+        (
+            mmio().doorbell(bell(0).matching_masked(0x1_0000_0000, 0)),
+            "bits",
+        ),
         (mmio().doorbell(bell(0).matching_masked(0xf0, 0xff)), "bits"),
         (
             mmio()
@@ -129,7 +150,12 @@ fn bad_regions() -> Vec<(Region, &'static str)> {
             "masks",
         ),
         (mmio().doorbell(bell(0)).doorbell(bell(0)), "two doorbells"),
-        (mmio().doorbell(bell(0).matching(1)).doorbell(bell(0).matching(1)), "two doorbells"),
+        (
+            mmio()
+                .doorbell(bell(0).matching(1))
+                .doorbell(bell(0).matching(1)),
+            "two doorbells",
+        ),
     ]
 }
 
@@ -147,7 +173,10 @@ fn bad_regions_are_refused_alike_by_every_mechanism() -> Result<()> {
             let error = refused(rig.vm.assign(&region, &*mechanism), &format!("{region:?}"));
             assert_eq!(error.errno(), Errno::EINVAL, "{kind:?}: {error}");
             let text = error.to_string();
-            assert!(text.contains(word), "{kind:?}: {text:?} instead of {word:?}");
+            assert!(
+                text.contains(word),
+                "{kind:?}: {text:?} instead of {word:?}"
+            );
             assert!(text.contains(&format!("{:#x}", region.base)), "{text}");
             let error = refused(rig.vm.modify(&region, &*mechanism), &format!("{region:?}"));
             assert_eq!(error.errno(), Errno::EINVAL, "{kind:?}: {error}");
@@ -164,7 +193,10 @@ fn regions_that_fill_their_bus_are_accepted() -> Result<()> {
         Region::mmio(0, u64::MAX),
         Region::mmio(1, u64::MAX),
         Region::mmio(u64::MAX, 1),
-        Region { bus: Bus::Pio, ..Region::mmio(0, 0x1_0000) },
+        Region {
+            bus: Bus::Pio,
+            ..Region::mmio(0, 0x1_0000)
+        },
     ] {
         let _ = rig.vm.assign(&region, &*mechanism)?;
         rig.vm.remove(&region)?;
@@ -183,7 +215,10 @@ fn ioeventfd_sink_refuses_what_it_cannot_carry() -> Result<()> {
     ] {
         let region = Region::mmio(MMIO_BASE, 0x1000).doorbell(doorbell);
         let error = refused(rig.vm.assign(&region, &*mechanism), "ioeventfd sink");
-        assert!(matches!(error.kind, RegionErrorKind::DoorbellSink(0, _)), "{error:?}");
+        assert!(
+            matches!(error.kind, RegionErrorKind::DoorbellSink(0, _)),
+            "{error:?}"
+        );
         assert_eq!(error.errno(), Errno::EINVAL);
     }
     Ok(())
@@ -198,12 +233,22 @@ fn broken_channels_and_closed_peers_are_bad_descriptors() -> Result<()> {
         let (channel, wire) = Channel::pair(kind.transport)?;
         drop(wire);
         for attempt in 0..2 {
-            let error = refused(rig.vm.assign(&region, &*mechanism(kind, &channel)?), &format!("{kind:?} {attempt}"));
+            let error = refused(
+                rig.vm.assign(&region, &*mechanism(kind, &channel)?),
+                &format!("{kind:?} {attempt}"),
+            );
             assert_eq!(error.errno(), Errno::EBADF, "{kind:?}: {error}");
-            assert!(matches!(error.kind, RegionErrorKind::BadDescriptor(_)), "{kind:?}: {error:?}");
+            assert!(
+                matches!(error.kind, RegionErrorKind::BadDescriptor(_)),
+                "{kind:?}: {error:?}"
+            );
             assert!(error.to_string().contains("0xd0000000"), "{error}");
         }
-        assert_eq!(rig.vm.next_event(), None, "{kind:?}: there is no such region");
+        assert_eq!(
+            rig.vm.next_event(),
+            None,
+            "{kind:?}: there is no such region"
+        );
         // Nothing stays behind: neither in the table nor in KVM.
         let task = rig.serve(kind, &region, Recorder::answering(|_, _| 5))?;
         let mut program = Program::new();
@@ -240,7 +285,10 @@ fn descriptors_of_the_wrong_kind_make_no_wire() -> Result<()> {
     let wire = ioregion_dispatch::wire::from_fds(Transport::Stream, vec![lone])?;
     let channel = Arc::new(Channel::new(wire, Layout::default(), Patience::default()));
     let region = Region::mmio(MMIO_BASE, 0x1000);
-    let error = refused(rig.vm.assign(&region, &Forward::new(&channel)), "lone socket");
+    let error = refused(
+        rig.vm.assign(&region, &Forward::new(&channel)),
+        "lone socket",
+    );
     assert_eq!(error.errno(), Errno::EBADF, "{error}");
     Ok(())
 }
@@ -254,13 +302,18 @@ fn full_bus_refuses_a_region_whole() -> Result<()> {
     let bells = |count| {
         // With gaps, because neighbours would share a zone.
         let bell = |n| Doorbell::new(n * 16, Size::B4).sink(Sink::Coalesced);
-        (0..count).fold(Region::mmio(MMIO_BASE, 16 * MANY), |region, n| region.doorbell(bell(n)))
+        (0..count).fold(Region::mmio(MMIO_BASE, 16 * MANY), |region, n| {
+            region.doorbell(bell(n))
+        })
     };
     let mechanism = any_mechanism(KINDS[6])?;
     for _ in 0..2 {
         let error = refused(rig.vm.assign(&bells(MANY), &*mechanism), "a full bus");
         assert_eq!(error.errno(), Errno::ENOSPC, "{error}");
-        assert!(matches!(error.kind, RegionErrorKind::TableFull(_)), "{error:?}");
+        assert!(
+            matches!(error.kind, RegionErrorKind::TableFull(_)),
+            "{error:?}"
+        );
         assert!(error.to_string().contains("is full"), "{error}");
     }
     // Nearly as many fit: nothing was left of the attempts.
@@ -277,7 +330,9 @@ fn thousands_of_ioeventfds_fit() -> Result<()> {
     for kind in [KINDS[5], KINDS[6]] {
         let rig = Rig::with(Some(bpf.clone()))?;
         let bell = |n| Doorbell::new(n * 4, Size::B4);
-        let region = (0..MANY).fold(Region::mmio(MMIO_BASE, 4 * MANY), |region, n| region.doorbell(bell(n)));
+        let region = (0..MANY).fold(Region::mmio(MMIO_BASE, 4 * MANY), |region, n| {
+            region.doorbell(bell(n))
+        });
         let mechanism = any_mechanism(kind)?;
         let _ = rig.vm.assign(&region, &*mechanism)?;
         rig.vm.remove(&region)?;
@@ -291,13 +346,18 @@ fn full_match_table_refuses_a_region_whole() -> Result<()> {
     let rig = Rig::with(Some(Bpf::load_sized(&object, 64)?))?;
     let bells = |count| {
         let bell = |n: u64| Doorbell::new(n * 4, Size::B4).sink(Sink::Coalesced);
-        (0..count).fold(Region::mmio(MMIO_BASE, 0x1000), |region, n| region.doorbell(bell(n)))
+        (0..count).fold(Region::mmio(MMIO_BASE, 0x1000), |region, n| {
+            region.doorbell(bell(n))
+        })
     };
     let mechanism = any_mechanism(KINDS[6])?;
     for _ in 0..3 {
         let error = refused(rig.vm.assign(&bells(200), &*mechanism), "a full table");
         assert_eq!(error.errno(), Errno::ENOSPC, "{error}");
-        assert!(matches!(error.kind, RegionErrorKind::TableFull(_)), "{error:?}");
+        assert!(
+            matches!(error.kind, RegionErrorKind::TableFull(_)),
+            "{error:?}"
+        );
     }
     let _ = rig.vm.assign(&bells(60), &*mechanism)?;
     Ok(())
@@ -309,14 +369,31 @@ fn ebpf_without_a_program_is_refused_and_auto_does_without() -> Result<()> {
     let region = Region::mmio(MMIO_BASE, 0x1000).doorbell(Doorbell::new(0x10, Size::B4));
     let (channel, _wire) = Channel::pair(Transport::Stream)?;
     let error = refused(rig.vm.assign(&region, &Ebpf::new(&channel)), "no program");
-    assert!(matches!(error.kind, RegionErrorKind::Missing { mechanism: Ebpf::NAME, .. }), "{error:?}");
+    assert!(
+        matches!(
+            error.kind,
+            RegionErrorKind::Missing {
+                mechanism: Ebpf::NAME,
+                ..
+            }
+        ),
+        "{error:?}"
+    );
     assert!(error.to_string().contains("Vm::with_program"), "{error}");
     let assigned = rig.vm.assign(&region, &Auto::new(&channel))?;
     assert_eq!(assigned.mechanism, Forward::NAME);
-    assert!(assigned.reason.contains("no eBPF program"), "{}", assigned.reason);
+    assert!(
+        assigned.reason.contains("no eBPF program"),
+        "{}",
+        assigned.reason
+    );
     rig.vm.remove(&region)?;
-    let matching = Region::mmio(MMIO_BASE, 0x1000).doorbell(Doorbell::new(0x10, Size::B4).matching(1));
-    assert_eq!(rig.vm.assign(&matching, &Auto::new(&channel))?.mechanism, Ioeventfd::NAME);
+    let matching =
+        Region::mmio(MMIO_BASE, 0x1000).doorbell(Doorbell::new(0x10, Size::B4).matching(1));
+    assert_eq!(
+        rig.vm.assign(&matching, &Auto::new(&channel))?.mechanism,
+        Ioeventfd::NAME
+    );
     Ok(())
 }
 
@@ -326,10 +403,13 @@ const CHILD: &str = "IOREGION_TEST_CHILD";
 /// Runs this program's test `child_loads_the_program` and returns what it printed.
 fn in_child(prepare: impl FnOnce(&mut Command)) -> Result<String> {
     let mut command = Command::new(std::env::current_exe()?);
-    command.args(["--exact", "child_loads_the_program", "--nocapture"]).env(CHILD, "1");
+    command
+        .args(["--exact", "child_loads_the_program", "--nocapture"])
+        .env(CHILD, "1");
     prepare(&mut command);
     let output = command.output()?;
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr))
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned()
+        + &String::from_utf8_lossy(&output.stderr))
 }
 
 #[test]
@@ -360,7 +440,10 @@ fn object_that_is_not_there_names_the_remedy() -> Result<()> {
         .env_remove("IOREGION_BPF_OBJECT")
         .output()?;
     let text = String::from_utf8_lossy(&output.stdout);
-    assert!(text.contains("NotBuilt") && text.contains("build-ebpf"), "{text}");
+    assert!(
+        text.contains("NotBuilt") && text.contains("build-ebpf"),
+        "{text}"
+    );
     Ok(())
 }
 
@@ -374,12 +457,19 @@ fn damaged_objects_are_refused_with_the_remedy() -> Result<()> {
         ("its header", object[..64].to_vec()),
     ];
     let mut flipped = object.clone();
-    flipped.iter_mut().skip(64).step_by(7).for_each(|byte| *byte = !*byte);
+    flipped
+        .iter_mut()
+        .skip(64)
+        .step_by(7)
+        .for_each(|byte| *byte = !*byte);
     damaged.push(("flipped", flipped));
     for (what, bytes) in damaged {
         let error = Bpf::load(&bytes).expect_err(what);
         println!("{what}: {error}");
-        assert!(matches!(error, LoadError::Damaged(_) | LoadError::Object { .. }), "{what}: {error:?}");
+        assert!(
+            matches!(error, LoadError::Damaged(_) | LoadError::Object { .. }),
+            "{what}: {error:?}"
+        );
         assert!(error.to_string().contains("build"), "{what}: {error}");
     }
     Ok(())
@@ -406,7 +496,11 @@ fn process_without_privileges_is_told_what_it_lacks() -> Result<()> {
         .output()?;
     let text = String::from_utf8_lossy(&output.stdout);
     println!("{text}");
-    assert!(text.contains("NotPermitted"), "{text} {}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        text.contains("NotPermitted"),
+        "{text} {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     assert!(text.contains("CAP_BPF") && text.contains("root"), "{text}");
     Ok(())
 }

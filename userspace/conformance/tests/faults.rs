@@ -11,23 +11,31 @@ use ioregion_conformance::{KINDS, Kind, Recorder, Rig, Task, Told};
 use ioregion_dispatch::mechanism::{Ebpf, Forward, Ioeventfd};
 use ioregion_dispatch::server::{DeviceEnd, WaitPolicy};
 use ioregion_dispatch::wire::{Message, Try, Wire};
-use ioregion_dispatch::{Bus, Channel, Delivery, Doorbell, Exit, Region, RegionId, Size, Transport};
+use ioregion_dispatch::{
+    Bus, Channel, Delivery, Doorbell, Exit, Region, RegionId, Size, Transport,
+};
 use ioregion_microguest::{MMIO_BASE, Program};
 use nix::poll::{PollFd, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use rand::{Rng as _, SeedableRng as _};
 
-use support::{Gated, Runner, bpf, broken, channel_kinds, handle_sigusr1, place, serve, wait_until, watchdog};
+use support::{
+    Gated, Runner, bpf, broken, channel_kinds, handle_sigusr1, place, serve, wait_until, watchdog,
+};
 
 /// Where the other region stands, which must not notice anything.
 const OTHER: u64 = MMIO_BASE + 0x1000;
 
 fn region() -> Region {
-    Region::mmio(MMIO_BASE, 0x1000).user_data(7).doorbell(Doorbell::new(0x10, Size::B4))
+    Region::mmio(MMIO_BASE, 0x1000)
+        .user_data(7)
+        .doorbell(Doorbell::new(0x10, Size::B4))
 }
 
 fn other_region() -> Region {
-    Region::mmio(OTHER, 0x1000).user_data(8).doorbell(Doorbell::new(0x10, Size::B4))
+    Region::mmio(OTHER, 0x1000)
+        .user_data(8)
+        .doorbell(Doorbell::new(0x10, Size::B4))
 }
 
 /// A device whose reads can be foreseen.
@@ -149,13 +157,20 @@ fn recv(wire: &mut dyn Wire) -> Message {
             Err(error) => panic!("the device's end: {error}"),
         }
         if wire.prepare_sleep(false) {
-            let mut fds: Vec<_> =
-                wire.poll_fds(false).into_iter().flatten().map(|(fd, flags)| PollFd::new(fd, flags)).collect();
+            let mut fds: Vec<_> = wire
+                .poll_fds(false)
+                .into_iter()
+                .flatten()
+                .map(|(fd, flags)| PollFd::new(fd, flags))
+                .collect();
             let _ = poll(&mut fds, PollTimeout::NONE);
         }
         wire.finish_sleep();
     }
 }
+
+/// Regions that broke, and why.
+type Broken = Vec<(RegionId, String)>;
 
 /// Runs a guest that reads, writes and reads again at a device that is given as what it does
 /// with its wire, and that uses a well-behaved device in between. What the device returns is
@@ -164,9 +179,12 @@ fn recv(wire: &mut dyn Wire) -> Message {
 fn with_raw_device<T: Send + 'static>(
     transport: Transport,
     device: impl FnOnce(Box<dyn Wire>) -> T + Send + 'static,
-) -> Result<(Vec<(RegionId, String)>, Vec<u64>)> {
+) -> Result<(Broken, Vec<u64>)> {
     handle_sigusr1()?;
-    let kind = Kind { name: Forward::NAME, transport };
+    let kind = Kind {
+        name: Forward::NAME,
+        transport,
+    };
     let rig = Rig::with(None)?;
     let (channel, wire) = Channel::pair(transport)?;
     let assigned = rig.vm.assign(&region(), &Forward::new(&channel))?;
@@ -181,7 +199,9 @@ fn with_raw_device<T: Send + 'static>(
     let device = std::thread::spawn(move || device(wire));
     let runner = Runner::new(rig.vcpu(0, &program)?);
     runner.start();
-    let kept = device.join().map_err(|_| anyhow::anyhow!("the device panicked"));
+    let kept = device
+        .join()
+        .map_err(|_| anyhow::anyhow!("the device panicked"));
     assert_eq!(runner.exit()?, Exit::Halt);
     drop(kept);
     let vcpu = runner.finish()?;
@@ -197,7 +217,10 @@ fn with_raw_device<T: Send + 'static>(
     again.finish()?;
     assert_eq!(rig.guest.log(0)?, [0x5520; 40], "{transport}");
     revived.task.finish()?;
-    assert!(log.iter().skip(1).step_by(2).all(|value| *value == 0x5520), "{transport}: {log:x?}");
+    assert!(
+        log.iter().skip(1).step_by(2).all(|value| *value == 0x5520),
+        "{transport}: {log:x?}"
+    );
     assert_eq!(other.channel.cause(), None, "{transport}");
     other.task.finish()?;
     Ok((told, log))
@@ -222,7 +245,10 @@ fn short_response_breaks_only_its_region() -> Result<()> {
             // Where there are no boundaries, only the end shows that the rest will not come.
             (transport == Transport::Seqpacket).then_some(fds)
         })?;
-        assert!(log.iter().step_by(2).all(|value| *value == 0xffff_ffff), "{transport}: {log:x?}");
+        assert!(
+            log.iter().step_by(2).all(|value| *value == 0xffff_ffff),
+            "{transport}: {log:x?}"
+        );
         assert_eq!(told.len(), 1, "{transport}: {told:?}");
         println!("{transport}: {}", told[0].1);
     }
@@ -238,10 +264,17 @@ fn empty_response_breaks_only_its_region() -> Result<()> {
         let _ = nix::unistd::write(&fds[0], &[]);
         // An empty write may be nothing at all; an empty packet is one.
         use std::os::fd::AsRawFd as _;
-        let _ = nix::sys::socket::send(fds[0].as_raw_fd(), &[], nix::sys::socket::MsgFlags::MSG_NOSIGNAL);
+        let _ = nix::sys::socket::send(
+            fds[0].as_raw_fd(),
+            &[],
+            nix::sys::socket::MsgFlags::MSG_NOSIGNAL,
+        );
         fds
     })?;
-    assert!(log.iter().step_by(2).all(|value| *value == 0xffff_ffff), "{log:x?}");
+    assert!(
+        log.iter().step_by(2).all(|value| *value == 0xffff_ffff),
+        "{log:x?}"
+    );
     assert_eq!(told.len(), 1, "{told:?}");
     assert!(told[0].1.contains("empty"), "{told:?}");
     Ok(())
@@ -274,7 +307,10 @@ fn unsolicited_responses_hurt_only_their_region() -> Result<()> {
             recv(&mut *wire);
             let mut accepted = 0;
             for data in 0..64 {
-                if wire.try_send(&Response { data }.encode()).is_ok_and(|tried| tried == Try::Done(())) {
+                if wire
+                    .try_send(&Response { data }.encode())
+                    .is_ok_and(|tried| tried == Try::Done(()))
+                {
                     accepted += 1;
                 }
             }
@@ -283,7 +319,12 @@ fn unsolicited_responses_hurt_only_their_region() -> Result<()> {
         })?;
         // Those that are there before the guest's next access cannot be told from answers to
         // it: the guest reads this device's values, and no other's.
-        assert!(log.iter().step_by(2).all(|value| *value < 64 || *value == 0xffff_ffff), "{transport}: {log:x?}");
+        assert!(
+            log.iter()
+                .step_by(2)
+                .all(|value| *value < 64 || *value == 0xffff_ffff),
+            "{transport}: {log:x?}"
+        );
         assert!(told.len() <= 1, "{transport}: {told:?}");
     }
     Ok(())
@@ -327,7 +368,10 @@ fn mailbox_with_impossible_positions_breaks_only_its_region() -> Result<()> {
         let _ = nix::unistd::write(&fds[2], &1_u64.to_ne_bytes());
         fds
     })?;
-    assert!(log.iter().step_by(2).all(|value| *value == 0xffff_ffff), "{log:x?}");
+    assert!(
+        log.iter().step_by(2).all(|value| *value == 0xffff_ffff),
+        "{log:x?}"
+    );
     assert_eq!(told.len(), 1, "{told:?}");
     assert!(told[0].1.contains("protocol"), "{told:?}");
     Ok(())
@@ -343,7 +387,10 @@ fn mailbox_whose_eventfds_block_cannot_stop_a_kick() -> Result<()> {
     let fds = wire.into_fds();
     for bell in &fds[1..3] {
         // Both processes share the flags of the open file.
-        nix::fcntl::fcntl(bell, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty()))?;
+        nix::fcntl::fcntl(
+            bell,
+            nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty()),
+        )?;
     }
     let mut program = Program::new();
     program.read(Bus::Mmio, MMIO_BASE + 0x20, 4);
@@ -372,7 +419,9 @@ fn device_that_never_reads_posted_writes_blocks_interruptibly() -> Result<()> {
         let (channel, id, end) = place(&rig, kind, &posted, false)?;
         let other = serve(&rig, kind, &other_region(), false, plain())?;
         let mut program = Program::new();
-        program.repeat(WRITES, |p| _ = p.write_counter(Bus::Mmio, MMIO_BASE + 0x30, 4, 0, 1));
+        program.repeat(WRITES, |p| {
+            _ = p.write_counter(Bus::Mmio, MMIO_BASE + 0x30, 4, 0, 1)
+        });
         program.read(Bus::Mmio, OTHER + 0x20, 4);
         program.read(Bus::Mmio, MMIO_BASE + 0x20, 4);
         let runner = Runner::new(rig.vcpu(0, &program)?);
@@ -393,14 +442,25 @@ fn device_that_never_reads_posted_writes_blocks_interruptibly() -> Result<()> {
         });
         let accepted = blocked.unwrap_or_default();
         println!("{kind:?}: {accepted} writes until it blocked");
-        assert!(accepted > 0 && accepted < u64::from(WRITES), "{kind:?}: {accepted}");
+        assert!(
+            accepted > 0 && accepted < u64::from(WRITES),
+            "{kind:?}: {accepted}"
+        );
         assert_eq!(channel.undelivered_writes(), 0, "{kind:?}");
         drop(end);
         assert_eq!(runner.exit()?, Exit::Halt, "{kind:?}");
         assert_eq!(rig.guest.log(0)?, [0x5520, 0xffff_ffff], "{kind:?}");
-        assert_eq!(channel.undelivered_writes(), u64::from(WRITES) - accepted, "{kind:?}");
+        assert_eq!(
+            channel.undelivered_writes(),
+            u64::from(WRITES) - accepted,
+            "{kind:?}"
+        );
         let told = broken(&rig.vm);
-        assert_eq!(told.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [id], "{kind:?}: {told:?}");
+        assert_eq!(
+            told.iter().map(|(id, _)| *id).collect::<Vec<_>>(),
+            [id],
+            "{kind:?}: {told:?}"
+        );
         runner.finish()?;
         other.task.finish()?;
     }
@@ -417,20 +477,35 @@ fn posted_writes_to_a_slow_device_all_arrive_in_order() -> Result<()> {
         let device = Gated::default();
         let served = serve(&rig, kind, &posted, false, device.clone())?;
         let mut program = Program::new();
-        program.repeat(WRITES, |p| _ = p.write_counter(Bus::Mmio, MMIO_BASE + 0x30, 4, 0, 1));
+        program.repeat(WRITES, |p| {
+            _ = p.write_counter(Bus::Mmio, MMIO_BASE + 0x30, 4, 0, 1)
+        });
         program.read(Bus::Mmio, MMIO_BASE + 0x20, 4);
         let runner = Runner::new(rig.vcpu(0, &program)?);
         runner.start();
-        assert_eq!(runner.exit_within(Duration::from_millis(100))?, None, "{kind:?}");
+        assert_eq!(
+            runner.exit_within(Duration::from_millis(100))?,
+            None,
+            "{kind:?}"
+        );
         device.gate.open();
         assert_eq!(runner.exit()?, Exit::Halt, "{kind:?}");
         runner.finish()?;
         assert_eq!(rig.guest.log(0)?, [u64::from(WRITES)], "{kind:?}");
-        let values: Vec<_> = device.recorder.told().into_iter().map_while(|told| match told {
-            Told::Write(_, value) => Some(value),
-            _ => None,
-        }).collect();
-        assert_eq!(values, (0..u64::from(WRITES)).collect::<Vec<_>>(), "{kind:?}");
+        let values: Vec<_> = device
+            .recorder
+            .told()
+            .into_iter()
+            .map_while(|told| match told {
+                Told::Write(_, value) => Some(value),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(
+            values,
+            (0..u64::from(WRITES)).collect::<Vec<_>>(),
+            "{kind:?}"
+        );
         served.task.finish()?;
     }
     Ok(())
@@ -443,7 +518,9 @@ fn fifo_kinds() -> impl Iterator<Item = Kind> {
 
 fn fifo_region() -> Region {
     let doorbell = Doorbell::new(0x10, Size::B4).delivery(Delivery::Fifo);
-    Region::mmio(MMIO_BASE, 0x1000).user_data(7).doorbell(doorbell)
+    Region::mmio(MMIO_BASE, 0x1000)
+        .user_data(7)
+        .doorbell(doorbell)
 }
 
 #[test]
@@ -457,7 +534,9 @@ fn fifo_doorbells_of_a_dead_device_block_nobody_and_are_reported() -> Result<()>
         let other = serve(&rig, kind, &other_region(), false, plain())?;
         drop(end);
         let mut program = Program::new();
-        program.repeat(WRITES, |p| _ = p.write_counter(Bus::Mmio, MMIO_BASE + 0x10, 4, 0, 1));
+        program.repeat(WRITES, |p| {
+            _ = p.write_counter(Bus::Mmio, MMIO_BASE + 0x10, 4, 0, 1)
+        });
         program.read(Bus::Mmio, OTHER + 0x20, 4);
         let (log, _vcpu) = rig.run(&program)?;
         assert_eq!(log, [0x5520], "{kind:?}");
@@ -466,8 +545,14 @@ fn fifo_doorbells_of_a_dead_device_block_nobody_and_are_reported() -> Result<()>
             told.extend(broken(&rig.vm));
             !told.is_empty()
         });
-        assert_eq!(told.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [id], "{kind:?}: {told:?}");
-        wait_until("the count", || channel.undelivered_writes() >= u64::from(WRITES) - 64);
+        assert_eq!(
+            told.iter().map(|(id, _)| *id).collect::<Vec<_>>(),
+            [id],
+            "{kind:?}: {told:?}"
+        );
+        wait_until("the count", || {
+            channel.undelivered_writes() >= u64::from(WRITES) - 64
+        });
         other.task.finish()?;
     }
     Ok(())
@@ -483,26 +568,40 @@ fn fifo_doorbells_of_a_device_that_never_reads_block_only_who_writes_them() -> R
         let _watchdog = watchdog(format!("{kind:?}"), Duration::from_secs(60));
         let rig = Rig::with(Some(bpf.clone()))?;
         let (_channel, id, end) = place(&rig, kind, &fifo_region(), false)?;
-        let mut other_region = Region { base: OTHER, user_data: 8, ..fifo_region() };
+        let mut other_region = Region {
+            base: OTHER,
+            user_data: 8,
+            ..fifo_region()
+        };
         other_region.doorbells.push(Doorbell::new(0x18, Size::B4));
         let other_device = plain();
         let other = serve(&rig, kind, &other_region, false, other_device.clone())?;
         let mut program = Program::new();
-        program.repeat(WRITES, |p| _ = p.write_counter(Bus::Mmio, MMIO_BASE + 0x10, 4, 0, 1));
+        program.repeat(WRITES, |p| {
+            _ = p.write_counter(Bus::Mmio, MMIO_BASE + 0x10, 4, 0, 1)
+        });
         program.read(Bus::Mmio, MMIO_BASE + 0x20, 4);
         let blocked = Runner::new(rig.vcpu(0, &program)?);
         blocked.start();
-        assert_eq!(blocked.exit_within(Duration::from_millis(300))?, None, "{kind:?}");
+        assert_eq!(
+            blocked.exit_within(Duration::from_millis(300))?,
+            None,
+            "{kind:?}"
+        );
 
         let mut program = Program::new();
-        program.repeat(OTHER_WRITES, |p| _ = p.write_counter(Bus::Mmio, OTHER + 0x10, 4, 0, 1));
+        program.repeat(OTHER_WRITES, |p| {
+            _ = p.write_counter(Bus::Mmio, OTHER + 0x10, 4, 0, 1)
+        });
         program.read(Bus::Mmio, OTHER + 0x20, 4);
         let goes_on = Runner::new(rig.vcpu(1, &program)?);
         goes_on.start();
         assert_eq!(goes_on.exit()?, Exit::Halt, "{kind:?}");
         goes_on.finish()?;
         assert_eq!(rig.guest.log(1)?, [0x5520], "{kind:?}");
-        wait_until("the doorbells", || other_device.told().len() == OTHER_WRITES as usize + 1);
+        wait_until("the doorbells", || {
+            other_device.told().len() == OTHER_WRITES as usize + 1
+        });
 
         blocked.kicker.kick(Signal::SIGUSR1);
         assert_eq!(blocked.exit()?, Exit::Interrupted, "{kind:?}");
@@ -511,7 +610,11 @@ fn fifo_doorbells_of_a_device_that_never_reads_block_only_who_writes_them() -> R
         assert_eq!(blocked.exit()?, Exit::Halt, "{kind:?}");
         assert_eq!(rig.guest.log(0)?, [0xffff_ffff], "{kind:?}");
         let told = broken(&rig.vm);
-        assert_eq!(told.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [id], "{kind:?}: {told:?}");
+        assert_eq!(
+            told.iter().map(|(id, _)| *id).collect::<Vec<_>>(),
+            [id],
+            "{kind:?}: {told:?}"
+        );
         println!("{kind:?}: {}", told[0].1);
         blocked.finish()?;
         other.task.finish()?;
@@ -529,13 +632,19 @@ fn fifo_doorbells_of_a_slow_device_all_arrive_in_order() -> Result<()> {
         let device = plain();
         let (_channel, _, end) = place(&rig, kind, &fifo_region(), false)?;
         let mut program = Program::new();
-        program.repeat(WRITES, |p| _ = p.write_counter(Bus::Mmio, MMIO_BASE + 0x10, 4, 0, 1));
+        program.repeat(WRITES, |p| {
+            _ = p.write_counter(Bus::Mmio, MMIO_BASE + 0x10, 4, 0, 1)
+        });
         let runner = Runner::new(rig.vcpu(0, &program)?);
         runner.start();
         // The device begins late; the ring is full by then, and more than the wire holds waits.
         let halted = runner.exit_within(Duration::from_millis(200))?;
         let task = Task::spawn(end, device.clone(), WaitPolicy::Sleep)?;
-        assert_eq!(halted.map_or_else(|| runner.exit(), Ok)?, Exit::Halt, "{kind:?}");
+        assert_eq!(
+            halted.map_or_else(|| runner.exit(), Ok)?,
+            Exit::Halt,
+            "{kind:?}"
+        );
         wait_until("the doorbells", || device.told().len() == WRITES as usize);
         for (i, told) in device.told().iter().enumerate() {
             assert!(
@@ -564,8 +673,13 @@ fn waits_go_on_while_fifo_doorbells_pass_over_the_same_channel() -> Result<()> {
         let mut reads = Program::new();
         reads.repeat(ROUNDS / 4, |p| _ = p.read(Bus::Mmio, MMIO_BASE + 0x20, 4));
         let mut rings = Program::new();
-        rings.repeat(ROUNDS, |p| _ = p.write_counter(Bus::Mmio, MMIO_BASE + 0x10, 4, 0, 1));
-        let runners = [Runner::new(rig.vcpu(0, &reads)?), Runner::new(rig.vcpu(1, &rings)?)];
+        rings.repeat(ROUNDS, |p| {
+            _ = p.write_counter(Bus::Mmio, MMIO_BASE + 0x10, 4, 0, 1)
+        });
+        let runners = [
+            Runner::new(rig.vcpu(0, &reads)?),
+            Runner::new(rig.vcpu(1, &rings)?),
+        ];
         for runner in &runners {
             runner.start();
         }
@@ -573,7 +687,13 @@ fn waits_go_on_while_fifo_doorbells_pass_over_the_same_channel() -> Result<()> {
             assert_eq!(runner.exit()?, Exit::Halt, "{kind:?}");
             runner.finish()?;
         }
-        let rung = || device.told().into_iter().filter(|told| matches!(told, Told::Ring(_))).count();
+        let rung = || {
+            device
+                .told()
+                .into_iter()
+                .filter(|told| matches!(told, Told::Ring(_)))
+                .count()
+        };
         wait_until("the doorbells", || rung() == ROUNDS as usize);
         served.task.finish()?;
     }
@@ -595,15 +715,23 @@ fn fifo_doorbells_pass_a_vcpu_that_stopped_in_mid_access() -> Result<()> {
         let stops = Runner::new(rig.vcpu(0, &program)?);
         stops.start();
         device.gate.wait_for(1);
-        stops.signal();
-        assert_eq!(stops.exit()?, Exit::Interrupted, "{kind:?}");
+        assert_eq!(stops.signal_out()?, Exit::Interrupted, "{kind:?}");
         let mut program = Program::new();
-        program.repeat(WRITES, |p| _ = p.write_counter(Bus::Mmio, MMIO_BASE + 0x10, 4, 0, 1));
+        program.repeat(WRITES, |p| {
+            _ = p.write_counter(Bus::Mmio, MMIO_BASE + 0x10, 4, 0, 1)
+        });
         let goes_on = Runner::new(rig.vcpu(1, &program)?);
         goes_on.start();
-        assert_eq!(goes_on.exit_within(Duration::from_millis(50))?.filter(|exit| *exit != Exit::Halt), None);
+        assert_eq!(
+            goes_on
+                .exit_within(Duration::from_millis(50))?
+                .filter(|exit| *exit != Exit::Halt),
+            None
+        );
         device.gate.open();
-        wait_until("the doorbells", || device.recorder.told().len() == WRITES as usize + 1);
+        wait_until("the doorbells", || {
+            device.recorder.told().len() == WRITES as usize + 1
+        });
         stops.start();
         assert_eq!(stops.exit()?, Exit::Halt, "{kind:?}");
         goes_on.finish()?;
@@ -615,12 +743,17 @@ fn fifo_doorbells_pass_a_vcpu_that_stopped_in_mid_access() -> Result<()> {
 
 #[test]
 fn ioeventfd_doorbells_of_a_dead_device_do_not_exit() -> Result<()> {
-    let kind = Kind { name: Ioeventfd::NAME, transport: Transport::Stream };
+    let kind = Kind {
+        name: Ioeventfd::NAME,
+        transport: Transport::Stream,
+    };
     let rig = Rig::with(None)?;
     let (_, _, end) = place(&rig, kind, &region(), false)?;
     drop(end);
     let mut program = Program::new();
-    program.repeat(1000, |p| _ = p.write_counter(Bus::Mmio, MMIO_BASE + 0x10, 4, 0, 1));
+    program.repeat(1000, |p| {
+        _ = p.write_counter(Bus::Mmio, MMIO_BASE + 0x10, 4, 0, 1)
+    });
     let (_, vcpu) = rig.run(&program)?;
     assert_eq!(vcpu.stats().exits, 0);
     Ok(())
@@ -642,6 +775,9 @@ fn device_with_another_layout_breaks_only_its_region() -> Result<()> {
     assert_eq!(vcpu.run()?, Exit::Halt);
     assert_eq!(rig.guest.log(0)?, [0xffff_ffff]);
     assert_eq!(broken(&rig.vm).len(), 1);
-    assert!(task.finish().is_err_and(|error| format!("{error:#}").contains("bad command")));
+    assert!(
+        task.finish()
+            .is_err_and(|error| format!("{error:#}").contains("bad command"))
+    );
     Ok(())
 }

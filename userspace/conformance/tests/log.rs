@@ -32,12 +32,19 @@ fn matched_doorbells_are_logged_by_the_object_that_logs_and_by_no_other() -> Res
     let quiet = Bpf::find()?;
     let logging = quiet.with_file_name("ioregion-log.bpf.o");
     for (object, expected) in [(&quiet, false), (&logging, true)] {
-        let bytes = std::fs::read(object)
-            .with_context(|| format!("{} (made by `cargo xtask build-ebpf --log`)", object.display()))?;
+        let bytes = std::fs::read(object).with_context(|| {
+            format!(
+                "{} (made by `cargo xtask build-ebpf --log`)",
+                object.display()
+            )
+        })?;
         let bpf = Bpf::load(&bytes)?;
         let rig = Rig::with(Some(Arc::clone(&bpf)))?;
         let region = Region::mmio(MMIO_BASE, 0x1000).doorbell(Doorbell::new(0x10, Size::B4));
-        let kind = Kind { name: Ebpf::NAME, transport: Transport::Stream };
+        let kind = Kind {
+            name: Ebpf::NAME,
+            transport: Transport::Stream,
+        };
         let task = rig.serve(kind, &region, Recorder::default())?;
         let mut program = Program::new();
         program.write(Bus::Mmio, MMIO_BASE + 0x10, 4, 0xabcd);
@@ -45,7 +52,11 @@ fn matched_doorbells_are_logged_by_the_object_that_logs_and_by_no_other() -> Res
         bpf.flush_log();
         let lines = std::mem::take(&mut *LINES.0.lock().unwrap());
         let wanted = format!("doorbell {:x} <- abcd", MMIO_BASE + 0x10);
-        assert_eq!(lines.iter().any(|line| *line == wanted), expected, "{lines:?}");
+        assert_eq!(
+            lines.iter().any(|line| *line == wanted),
+            expected,
+            "{lines:?}"
+        );
         drop(rig);
         task.map(ioregion_conformance::Task::finish).transpose()?;
     }

@@ -20,12 +20,20 @@ fn doorbells_are_captured_in_another_pid_namespace() -> Result<()> {
     let output = Command::new("unshare")
         .args(["--fork", "--pid", "--"])
         .arg(std::env::current_exe()?)
-        .args(["--exact", "doorbells_are_captured_in_another_pid_namespace", "--nocapture"])
+        .args([
+            "--exact",
+            "doorbells_are_captured_in_another_pid_namespace",
+            "--nocapture",
+        ])
         .env(INSIDE, "1")
         .output()
         .context("unshare (util-linux)")?;
     let text = String::from_utf8_lossy(&output.stdout);
-    ensure!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
+    ensure!(
+        output.status.success(),
+        "{text}\n{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     ensure!(text.contains("thread ids differ, value captured"), "{text}");
     Ok(())
 }
@@ -37,7 +45,10 @@ fn inside() -> Result<()> {
     let rig = Rig::new()?;
     let recorder = Recorder::default();
     let region = Region::mmio(MMIO_BASE, 0x1000).doorbell(Doorbell::new(0x10, Size::B4));
-    let kind = Kind { name: Ebpf::NAME, transport: Transport::Stream };
+    let kind = Kind {
+        name: Ebpf::NAME,
+        transport: Transport::Stream,
+    };
     let task = rig.serve(kind, &region, recorder.clone())?;
     let mut program = Program::new();
     program.write(Bus::Mmio, MMIO_BASE + 0x10, 4, 0x77);

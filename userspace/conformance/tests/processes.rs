@@ -14,7 +14,9 @@ use ioregion_abi::wire::Layout;
 use ioregion_conformance::{KINDS, Kind, Recorder, Rig, mechanism};
 use ioregion_dispatch::mechanism::Ebpf;
 use ioregion_dispatch::server::{DeviceEnd, Stop, WaitPolicy, serve};
-use ioregion_dispatch::{Bus, Channel, Delivery, Doorbell, Exit, Region, Sink, Size, Transport, handoff};
+use ioregion_dispatch::{
+    Bus, Channel, Delivery, Doorbell, Exit, Region, Sink, Size, Transport, handoff,
+};
 use ioregion_microguest::{MMIO_BASE, Program};
 use rand::{Rng as _, SeedableRng as _};
 
@@ -96,15 +98,27 @@ fn device_in_another_process_serves_and_holds_no_kvm_descriptor() -> Result<()> 
         let expected: Vec<_> = (0..u64::from(ROUNDS)).flat_map(|i| [i, i]).collect();
         assert_eq!(log, expected, "{kind:?}");
         let held = descriptors(&process.0.id().to_string())?;
-        assert!(!held.iter().any(|target| target.contains("kvm")), "{kind:?}: {held:?}");
+        assert!(
+            !held.iter().any(|target| target.contains("kvm")),
+            "{kind:?}: {held:?}"
+        );
         if kind.name == Ebpf::NAME {
-            assert!(held.iter().any(|target| target.contains("bpf-map")), "{kind:?}: {held:?}");
+            assert!(
+                held.iter().any(|target| target.contains("bpf-map")),
+                "{kind:?}: {held:?}"
+            );
         }
-        assert!(!held.iter().any(|target| target.contains("bpf-prog")), "{kind:?}: {held:?}");
+        assert!(
+            !held.iter().any(|target| target.contains("bpf-prog")),
+            "{kind:?}: {held:?}"
+        );
         drop(vcpu);
         rig.vm.remove(&region())?;
         drop(channel);
-        assert!(process.0.wait()?.success(), "{kind:?}: the device ends with its channel");
+        assert!(
+            process.0.wait()?.success(),
+            "{kind:?}: the device ends with its channel"
+        );
     }
     Ok(())
 }
@@ -139,11 +153,18 @@ fn killed_device_process_reads_all_ones_and_is_replaced() -> Result<()> {
             assert_eq!(runner.exit()?, Exit::Halt, "{what}");
             vcpu = runner.finish()?;
             let log = rig.guest.log(0)?;
-            let dead = log.iter().position(|value| *value == 0xffff_ffff).unwrap_or(log.len());
+            let dead = log
+                .iter()
+                .position(|value| *value == 0xffff_ffff)
+                .unwrap_or(log.len());
             hit += usize::from(dead < log.len());
             let good: Vec<_> = (0..dead as u64).map(|i| i / 2).collect();
             assert_eq!(log[..dead], good, "{what}");
-            assert!(log[dead..].iter().all(|value| *value == 0xffff_ffff), "{what}: {:x?}", &log[dead..]);
+            assert!(
+                log[dead..].iter().all(|value| *value == 0xffff_ffff),
+                "{what}: {:x?}",
+                &log[dead..]
+            );
             // Whatever the kill hit: from now on every read returns all-ones.
             rig.guest.reload(vcpu.fd(), 0, &program(3))?;
             assert_eq!(vcpu.run()?, Exit::Halt, "{what}");
@@ -156,7 +177,12 @@ fn killed_device_process_reads_all_ones_and_is_replaced() -> Result<()> {
             assert_eq!(vcpu.run()?, Exit::Halt, "{what}");
             assert_eq!(rig.guest.log(0)?, [0, 0, 1, 1], "{what}");
             let now = descriptors("self")?.len();
-            assert_eq!(*held.get_or_insert(now), now, "{what}: {:?}", descriptors("self")?);
+            assert_eq!(
+                *held.get_or_insert(now),
+                now,
+                "{what}: {:?}",
+                descriptors("self")?
+            );
         }
         drop(channel);
     }
@@ -219,7 +245,13 @@ fn bpf_ids(process: u32, what: &str) -> Result<BTreeSet<u32>> {
     let mut ids = BTreeSet::new();
     for entry in std::fs::read_dir(format!("/proc/{process}/fdinfo"))? {
         let info = std::fs::read_to_string(entry?.path()).unwrap_or_default();
-        let id: Option<u32> = info.lines().find_map(|line| line.strip_prefix(what)?.strip_prefix(':')?.trim().parse().ok());
+        let id: Option<u32> = info.lines().find_map(|line| {
+            line.strip_prefix(what)?
+                .strip_prefix(':')?
+                .trim()
+                .parse()
+                .ok()
+        });
         ids.extend(id);
     }
     Ok(ids)
@@ -250,7 +282,10 @@ fn killed_vmm_leaves_no_program_and_no_link_behind() -> Result<()> {
             let all = aya::programs::loaded_programs().filter_map(|info| Some(info.ok()?.id()));
             all.filter(|id| ids.contains(id)).count()
         };
-        assert!(programs.len() >= 2 && loaded(&programs) >= 2, "{programs:?}");
+        assert!(
+            programs.len() >= 2 && loaded(&programs) >= 2,
+            "{programs:?}"
+        );
         assert!(links.len() >= 2, "{links:?}");
 
         child.0.kill()?;
@@ -261,7 +296,9 @@ fn killed_vmm_leaves_no_program_and_no_link_behind() -> Result<()> {
             all.filter(|id| links.contains(id)).count() == 0
         });
         // The device task finds the wire at its end.
-        let stats = task.join().map_err(|_| anyhow::anyhow!("the device panicked"))??;
+        let stats = task
+            .join()
+            .map_err(|_| anyhow::anyhow!("the device panicked"))??;
         assert!(stats.doorbells > 0, "{stats:?}");
     }
     Ok(())

@@ -23,11 +23,18 @@ fn region() -> Region {
 }
 
 fn at(offset: u64, size: Size) -> Access {
-    Access { user_data: 7, offset, size }
+    Access {
+        user_data: 7,
+        offset,
+        size,
+    }
 }
 
 /// Interrupts a read that the device is working on, and a write, by `interrupt`; both go on.
-fn interrupted_access_resumes(prepare: fn(&Runner), interrupt: fn(&Runner)) -> Result<()> {
+fn interrupted_access_resumes(
+    prepare: fn(&Runner),
+    interrupt: fn(&Runner) -> Result<Exit>,
+) -> Result<()> {
     handle_sigusr1()?;
     let bpf = bpf()?;
     for kind in channel_kinds() {
@@ -48,13 +55,20 @@ fn interrupted_access_resumes(prepare: fn(&Runner), interrupt: fn(&Runner)) -> R
             runner.start();
             device.gate.wait_for(1);
             for _ in 0..3 {
-                assert_eq!(runner.exit_within(Duration::from_millis(5))?, None, "{kind:?}");
-                interrupt(&runner);
-                assert_eq!(runner.exit()?, Exit::Interrupted, "{kind:?}");
+                assert_eq!(
+                    runner.exit_within(Duration::from_millis(5))?,
+                    None,
+                    "{kind:?}"
+                );
+                assert_eq!(interrupt(&runner)?, Exit::Interrupted, "{kind:?}");
                 consume_signal(&runner);
                 runner.start();
             }
-            assert_eq!(device.gate.arrived(), 1, "{kind:?}: the command was repeated");
+            assert_eq!(
+                device.gate.arrived(),
+                1,
+                "{kind:?}: the command was repeated"
+            );
             device.gate.open();
             assert_eq!(runner.exit()?, Exit::Halt, "{kind:?}");
             let vcpu = runner.finish()?;
@@ -74,12 +88,20 @@ fn interrupted_access_resumes(prepare: fn(&Runner), interrupt: fn(&Runner)) -> R
     Ok(())
 }
 
+fn kick(runner: &Runner) -> Result<Exit> {
+    runner.kicker.kick(Signal::SIGUSR1);
+    runner.exit()
+}
+
 /// Takes a signal that is still pending because the thread blocks it.
 fn consume_signal(runner: &Runner) {
     runner.with(|_| {
         let mut set = SigSet::empty();
         set.add(Signal::SIGUSR1);
-        let none = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        let none = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
         // SAFETY: Set and time outlive the call; no information is asked for.
         unsafe { libc::sigtimedwait(set.as_ref(), std::ptr::null_mut(), &raw const none) };
         Ok(())
@@ -100,22 +122,26 @@ fn mask(runner: &Runner) {
 
 #[test]
 fn signal_during_a_wait_interrupts_and_the_next_run_resumes() -> Result<()> {
-    interrupted_access_resumes(|_| (), Runner::signal)
+    interrupted_access_resumes(|_| (), Runner::signal_out)
 }
 
 #[test]
 fn signal_by_the_vcpu_s_mask_interrupts_a_wait() -> Result<()> {
-    interrupted_access_resumes(mask, Runner::signal)
+    let once = |runner: &Runner| {
+        runner.signal();
+        runner.exit()
+    };
+    interrupted_access_resumes(mask, once)
 }
 
 #[test]
 fn kick_interrupts_a_wait() -> Result<()> {
-    interrupted_access_resumes(|_| (), |runner| runner.kicker.kick(Signal::SIGUSR1))
+    interrupted_access_resumes(|_| (), kick)
 }
 
 #[test]
 fn kick_interrupts_a_wait_with_a_signal_mask() -> Result<()> {
-    interrupted_access_resumes(mask, |runner| runner.kicker.kick(Signal::SIGUSR1))
+    interrupted_access_resumes(mask, kick)
 }
 
 #[test]
@@ -164,14 +190,17 @@ fn immediate_exit_returns_before_and_during_an_access() -> Result<()> {
         immediate(1);
         for _ in 0..3 {
             runner.start();
-            assert_eq!(runner.exit()?, Exit::Interrupted, "{kind:?}: before the guest ran");
+            assert_eq!(
+                runner.exit()?,
+                Exit::Interrupted,
+                "{kind:?}: before the guest ran"
+            );
         }
         assert_eq!(device.gate.arrived(), 0, "{kind:?}");
         immediate(0);
         runner.start();
         device.gate.wait_for(1);
-        runner.signal();
-        assert_eq!(runner.exit()?, Exit::Interrupted, "{kind:?}");
+        assert_eq!(runner.signal_out()?, Exit::Interrupted, "{kind:?}");
         immediate(1);
         for _ in 0..3 {
             runner.start();
@@ -182,7 +211,11 @@ fn immediate_exit_returns_before_and_during_an_access() -> Result<()> {
         runner.start();
         assert_eq!(runner.exit()?, Exit::Halt, "{kind:?}");
         runner.finish()?;
-        assert_eq!(device.recorder.told(), [Told::Read(at(READ, Size::B4), 0)], "{kind:?}");
+        assert_eq!(
+            device.recorder.told(),
+            [Told::Read(at(READ, Size::B4), 0)],
+            "{kind:?}"
+        );
         assert_eq!(served.task.finish()?.commands, 1, "{kind:?}");
     }
     Ok(())
@@ -253,7 +286,9 @@ fn storm_of_signals_loses_doubles_and_reorders_nothing() -> Result<()> {
             let ran = ioregion_conformance::run_to_halt(&mut vcpu);
             over.store(true, Ordering::Relaxed);
             ran?;
-            storm.join().map_err(|_| anyhow::anyhow!("the storm panicked"))
+            storm
+                .join()
+                .map_err(|_| anyhow::anyhow!("the storm panicked"))
         })?;
         let mut expected = Vec::new();
         for i in 0..u64::from(ROUNDS) {
@@ -318,15 +353,22 @@ fn first_of_two_stops(drop_it: bool, both_wait: bool) -> Result<()> {
         device.gate.wait_for(1);
         if both_wait {
             second.start();
-            assert_eq!(second.exit_within(Duration::from_millis(20))?, None, "{what}");
+            assert_eq!(
+                second.exit_within(Duration::from_millis(20))?,
+                None,
+                "{what}"
+            );
         }
-        first.signal();
-        assert_eq!(first.exit()?, Exit::Interrupted, "{what}");
+        assert_eq!(first.signal_out()?, Exit::Interrupted, "{what}");
         let kept = first.finish()?;
         let kept = (!drop_it).then_some(kept);
         if !both_wait {
             second.start();
-            assert_eq!(second.exit_within(Duration::from_millis(20))?, None, "{what}");
+            assert_eq!(
+                second.exit_within(Duration::from_millis(20))?,
+                None,
+                "{what}"
+            );
         }
         device.gate.open();
         assert_eq!(second.exit()?, Exit::Halt, "{what}");
@@ -336,7 +378,9 @@ fn first_of_two_stops(drop_it: bool, both_wait: bool) -> Result<()> {
             assert_eq!(vcpu.run()?, Exit::Halt, "{what}");
             assert_eq!(rig.guest.log(0)?, [0x140], "{what}");
         }
-        let Told::Read(read, _) = device.recorder.told()[0] else { bail!("{what}: no read") };
+        let Told::Read(read, _) = device.recorder.told()[0] else {
+            bail!("{what}: no read")
+        };
         assert_eq!(read, at(0x40, Size::B4), "{what}");
         assert_eq!(device.recorder.told().len(), 4, "{what}");
         wait_until("the channel", || served.channel.cause().is_none());

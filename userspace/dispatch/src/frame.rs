@@ -63,7 +63,12 @@ pub(crate) fn send<T: Serialize>(
     let text_len = check_limit("text", text.len() as u64, max_text)?;
     let fds_len = check_limit("descriptors", fds.len() as u64, MAX_DESCRIPTORS)?;
     let mut header = [0; 12];
-    for (bytes, word) in header.as_chunks_mut::<4>().0.iter_mut().zip([MAGIC, text_len, fds_len]) {
+    for (bytes, word) in header
+        .as_chunks_mut::<4>()
+        .0
+        .iter_mut()
+        .zip([MAGIC, text_len, fds_len])
+    {
         *bytes = word.to_le_bytes();
     }
     socket.write_all(&header)?;
@@ -116,5 +121,9 @@ fn check_limit(what: &'static str, count: u64, limit: u32) -> Result<u32, FrameE
     u32::try_from(count)
         .ok()
         .filter(|count| *count <= limit)
-        .ok_or(FrameError::Limit { what, count, limit: limit.into() })
+        .ok_or(FrameError::Limit {
+            what,
+            count,
+            limit: limit.into(),
+        })
 }

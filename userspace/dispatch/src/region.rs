@@ -130,7 +130,8 @@ impl Doorbell {
     /// Whether all bits of the value are compared (or none), so that KVM can match by itself.
     #[must_use]
     pub fn is_full_match(&self) -> bool {
-        self.datamatch.is_none_or(|m| m.mask & self.size.mask() == self.size.mask())
+        self.datamatch
+            .is_none_or(|m| m.mask & self.size.mask() == self.size.mask())
     }
 }
 
@@ -253,7 +254,10 @@ impl Region {
             }
         }
         // KVM finds a consumer by binary search; ranges may share their start but not straddle.
-        let mut ranges: Vec<_> = masks.keys().map(|&(at, size)| (at, at + u64::from(size.bytes()))).collect();
+        let mut ranges: Vec<_> = masks
+            .keys()
+            .map(|&(at, size)| (at, at + u64::from(size.bytes())))
+            .collect();
         ranges.sort_unstable();
         for pair in ranges.windows(2) {
             if pair[0].0 != pair[1].0 && pair[1].0 < pair[0].1 {
@@ -297,7 +301,10 @@ impl DoorbellIndex {
             let (mask, value) = doorbell.datamatch.map_or((0, 0), |m| (m.mask, m.value));
             let place = places
                 .entry((doorbell.offset, doorbell.size))
-                .or_insert_with(|| Place { mask, by_value: HashMap::new() });
+                .or_insert_with(|| Place {
+                    mask,
+                    by_value: HashMap::new(),
+                });
             place.by_value.entry(value).or_insert(index);
         }
         Self { places }
@@ -307,7 +314,10 @@ impl DoorbellIndex {
     #[must_use]
     pub fn find(&self, offset: u64, size: Size, data: u64) -> Option<u32> {
         let place = self.places.get(&(offset, size))?;
-        place.by_value.get(&(data & size.mask() & place.mask)).copied()
+        place
+            .by_value
+            .get(&(data & size.mask() & place.mask))
+            .copied()
     }
 }
 
@@ -332,13 +342,15 @@ mod tests {
 
     fn doorbell() -> impl Strategy<Value = Doorbell> {
         let size = prop::sample::select(&Size::ALL[..]);
-        (0..6_u64, size, prop::option::of((0..4_u64, 0..4_u64))).prop_map(|(at, size, datamatch)| {
-            let doorbell = Doorbell::new(at * 8, size).sink(Sink::Coalesced);
-            match datamatch {
-                Some((mask, value)) => doorbell.matching_masked(mask, value & mask),
-                None => doorbell,
-            }
-        })
+        (0..6_u64, size, prop::option::of((0..4_u64, 0..4_u64))).prop_map(
+            |(at, size, datamatch)| {
+                let doorbell = Doorbell::new(at * 8, size).sink(Sink::Coalesced);
+                match datamatch {
+                    Some((mask, value)) => doorbell.matching_masked(mask, value & mask),
+                    None => doorbell,
+                }
+            },
+        )
     }
 
     proptest! {
@@ -371,8 +383,17 @@ mod tests {
     #[test]
     fn straddling_doorbells_are_refused_and_nested_ones_are_not() {
         let region = Region::mmio(0, 0x10).doorbell(Doorbell::new(0, Size::B4));
-        assert!(region.clone().doorbell(Doorbell::new(0, Size::B8)).check().is_ok());
+        assert!(
+            region
+                .clone()
+                .doorbell(Doorbell::new(0, Size::B8))
+                .check()
+                .is_ok()
+        );
         let straddling = region.doorbell(Doorbell::new(2, Size::B2)).check();
-        assert!(matches!(straddling.unwrap_err().kind, RegionErrorKind::DoorbellOverlap(2)));
+        assert!(matches!(
+            straddling.unwrap_err().kind,
+            RegionErrorKind::DoorbellOverlap(2)
+        ));
     }
 }

@@ -210,13 +210,27 @@ impl Vcpu {
             let mmio = unsafe { &run.__bindgen_anon_1.mmio };
             let data = mmio.data.as_ptr() as usize - base;
             let write = mmio.is_write != 0;
-            Some(common(Bus::Mmio, write, mmio.phys_addr, mmio.len.min(8), 1, data))
+            Some(common(
+                Bus::Mmio,
+                write,
+                mmio.phys_addr,
+                mmio.len.min(8),
+                1,
+                data,
+            ))
         } else {
             // SAFETY: As above.
             let io = unsafe { &run.__bindgen_anon_1.io };
             let data = usize::try_from(io.data_offset).ok()?;
             let write = io.direction == IO_OUT;
-            Some(common(Bus::Pio, write, io.port.into(), io.size.into(), io.count, data))
+            Some(common(
+                Bus::Pio,
+                write,
+                io.port.into(),
+                io.size.into(),
+                io.count,
+                data,
+            ))
         }
     }
 
@@ -230,12 +244,15 @@ impl Vcpu {
             if exit.write && !exit.checked {
                 exit.checked = true;
                 self.exit = Some(exit);
-                let fate = self.binding.fate(exit.bus, exit.addr, exit.bytes, exit.element);
+                let fate = self
+                    .binding
+                    .fate(exit.bus, exit.addr, exit.bytes, exit.element);
                 if fate == Fate::Captured {
                     self.stats.already_captured += 1;
                     let access = self.access(&exit);
                     let tables = self.vm.shared().tables();
-                    let entry = VmShared::find(&tables, access.bus, access.addr, access.size).cloned();
+                    let entry =
+                        VmShared::find(&tables, access.bus, access.addr, access.size).cloned();
                     drop(tables);
                     if let Some(entry) = entry {
                         entry.carrier.captured(&access);
@@ -294,8 +311,18 @@ impl Vcpu {
             value_from_bytes(bytes)
         });
         // A port is one address, however many elements go through it.
-        let addr = exit.addr + if exit.bus == Bus::Mmio { u64::from(exit.at) } else { 0 };
-        BusAccess { bus: exit.bus, addr, size, write }
+        let addr = exit.addr
+            + if exit.bus == Bus::Mmio {
+                u64::from(exit.at)
+            } else {
+                0
+            };
+        BusAccess {
+            bus: exit.bus,
+            addr,
+            size,
+            write,
+        }
     }
 
     fn store(&mut self, exit: &InFlight, size: Size, data: u64) {
@@ -326,7 +353,11 @@ impl InFlight {
     fn advance(mut self, size: Size) -> Self {
         self.at += u32::from(size.bytes());
         self.offered = false;
-        if self.at >= self.bytes { self.next_element() } else { self }
+        if self.at >= self.bytes {
+            self.next_element()
+        } else {
+            self
+        }
     }
 
     fn next_element(mut self) -> Self {
@@ -355,7 +386,13 @@ mod tests {
 
     #[test]
     fn odd_lengths_are_cut_into_sizes_that_a_bus_has() {
-        for (bytes, expected) in [(3, vec![2, 1]), (5, vec![4, 1]), (6, vec![4, 2]), (7, vec![4, 2, 1]), (8, vec![8])] {
+        for (bytes, expected) in [
+            (3, vec![2, 1]),
+            (5, vec![4, 1]),
+            (6, vec![4, 2]),
+            (7, vec![4, 2, 1]),
+            (8, vec![8]),
+        ] {
             let mut exit = InFlight {
                 bus: Bus::Mmio,
                 write: true,

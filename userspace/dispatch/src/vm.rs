@@ -1,9 +1,9 @@
 //! The regions of one virtual machine.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::io;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use ioregion_abi::{Bus, Size};
@@ -66,7 +66,10 @@ pub(crate) struct EventSender(Sender<Event>);
 impl EventSender {
     pub(crate) fn broken(&self, region: RegionId, cause: &str) {
         // Fails only when the VM is gone, and with it whoever would listen.
-        let _ = self.0.send(Event::Broken { region, cause: cause.to_owned() });
+        let _ = self.0.send(Event::Broken {
+            region,
+            cause: cause.to_owned(),
+        });
     }
 
     pub(crate) fn program_gone(&self, region: RegionId) {
@@ -104,7 +107,9 @@ impl Vm {
     /// would not see each other's regions.
     #[must_use]
     pub fn new(vm: Arc<VmFd>) -> Self {
-        Self { shared: Arc::new(VmShared::new(vm, None)) }
+        Self {
+            shared: Arc::new(VmShared::new(vm, None)),
+        }
     }
 
     /// The same with an eBPF program, for the mechanism [`Ebpf`](crate::mechanism::Ebpf).
@@ -125,7 +130,10 @@ impl Vm {
     /// What the eBPF program has counted for this VM's vCPUs; `None` without a program.
     #[must_use]
     pub fn program_counters(&self) -> Option<ProgramCounters> {
-        self.shared.program.as_ref().map(|program| program.counters())
+        self.shared
+            .program
+            .as_ref()
+            .map(|program| program.counters())
     }
 
     pub(crate) fn shared(&self) -> &Arc<VmShared> {
@@ -135,7 +143,11 @@ impl Vm {
     /// Takes the oldest event that nobody has taken.
     #[must_use]
     pub fn next_event(&self) -> Option<Event> {
-        let received = self.shared.received.lock().unwrap_or_else(PoisonError::into_inner);
+        let received = self
+            .shared
+            .received
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         received.try_recv().ok()
     }
 
@@ -146,9 +158,17 @@ impl Vm {
     /// [`RegionError`], with the errno of `KVM_SET_IOREGION`: `EINVAL` for a bad region or one
     /// that lies within another, `EEXIST` for an overlap, `EBADF` for a broken channel. Nothing
     /// is left half-assigned.
-    pub fn assign(&self, region: &Region, mechanism: &dyn Mechanism) -> Result<Assigned, RegionError> {
+    pub fn assign(
+        &self,
+        region: &Region,
+        mechanism: &dyn Mechanism,
+    ) -> Result<Assigned, RegionError> {
         region.check()?;
-        let mut tables = self.shared.tables.write().unwrap_or_else(PoisonError::into_inner);
+        let mut tables = self
+            .shared
+            .tables
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
         let table = &mut tables[region.bus as usize];
         check_room(table, region)?;
         let (entry, assigned) = self.place(region, mechanism)?;
@@ -164,9 +184,17 @@ impl Vm {
     /// `ENOENT` if there is no such region; else as for [`assign`](Self::assign). If the new
     /// mechanism cannot be assigned, the region is gone: its accesses come back as
     /// [`Exit::Unclaimed`](crate::Exit::Unclaimed).
-    pub fn modify(&self, region: &Region, mechanism: &dyn Mechanism) -> Result<Assigned, RegionError> {
+    pub fn modify(
+        &self,
+        region: &Region,
+        mechanism: &dyn Mechanism,
+    ) -> Result<Assigned, RegionError> {
         region.check()?;
-        let mut tables = self.shared.tables.write().unwrap_or_else(PoisonError::into_inner);
+        let mut tables = self
+            .shared
+            .tables
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
         let table = &mut tables[region.bus as usize];
         let old = find_exact(table, region)?;
         // KVM refuses a second ioeventfd with the same match, so the old one goes first.
@@ -187,7 +215,11 @@ impl Vm {
     ///
     /// `ENOENT` if there is no such region.
     pub fn remove(&self, region: &Region) -> Result<(), RegionError> {
-        let mut tables = self.shared.tables.write().unwrap_or_else(PoisonError::into_inner);
+        let mut tables = self
+            .shared
+            .tables
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
         let table = &mut tables[region.bus as usize];
         let old = find_exact(table, region)?;
         self.shared.unsink(&old);
@@ -213,13 +245,23 @@ impl Vm {
             doorbells: region.doorbells.clone(),
             sources: assignment.sources,
         };
-        Ok((Arc::new(Entry { placed, carrier: assignment.carrier }), assigned))
+        Ok((
+            Arc::new(Entry {
+                placed,
+                carrier: assignment.carrier,
+            }),
+            assigned,
+        ))
     }
 }
 
 impl Drop for VmShared {
     fn drop(&mut self) {
-        let tables = std::mem::take(self.tables.get_mut().unwrap_or_else(PoisonError::into_inner));
+        let tables = std::mem::take(
+            self.tables
+                .get_mut()
+                .unwrap_or_else(PoisonError::into_inner),
+        );
         for entry in tables.iter().flat_map(BTreeMap::values) {
             entry.carrier.unsink(&self.vm);
             entry.carrier.retire(true);

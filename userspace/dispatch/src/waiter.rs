@@ -152,10 +152,22 @@ impl Waiter {
 
     /// Sleeps until one of `fds` is ready, the bell rings or a signal comes.
     pub(crate) fn sleep(&self, fds: &[(RawFd, PollFlags)]) -> io::Result<Woken> {
-        let mut set = [libc::pollfd { fd: -1, events: 0, revents: 0 }; 4];
-        set[0] = libc::pollfd { fd: self.bell.fd(), events: libc::POLLIN, revents: 0 };
+        let mut set = [libc::pollfd {
+            fd: -1,
+            events: 0,
+            revents: 0,
+        }; 4];
+        set[0] = libc::pollfd {
+            fd: self.bell.fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
         for (entry, &(fd, flags)) in set[1..].iter_mut().zip(fds) {
-            *entry = libc::pollfd { fd, events: flags.bits(), revents: 0 };
+            *entry = libc::pollfd {
+                fd,
+                events: flags.bits(),
+                revents: 0,
+            };
         }
         let mask = self.mask.as_ref().map_or(std::ptr::null(), |mask| {
             let mask: &libc::sigset_t = mask.as_ref();

@@ -65,7 +65,11 @@ impl Gate {
 
     /// Accesses that have reached the gate so far.
     pub fn arrived(&self) -> u64 {
-        self.0.0.lock().unwrap_or_else(PoisonError::into_inner).arrived
+        self.0
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .arrived
     }
 
     pub fn wait_for(&self, arrived: u64) {
@@ -113,14 +117,25 @@ pub struct Served {
 }
 
 /// Assigns a region to a mechanism of a kind with a channel, or modifies it, and serves it.
-pub fn serve(rig: &Rig, kind: Kind, region: &Region, modify: bool, device: impl Device + 'static) -> Result<Served> {
+pub fn serve(
+    rig: &Rig,
+    kind: Kind,
+    region: &Region,
+    modify: bool,
+    device: impl Device + 'static,
+) -> Result<Served> {
     let (channel, id, end) = place(rig, kind, region, modify)?;
     let task = Task::spawn(end, device, WaitPolicy::Sleep)?;
     Ok(Served { channel, id, task })
 }
 
 /// The same, with the device's end unserved.
-pub fn place(rig: &Rig, kind: Kind, region: &Region, modify: bool) -> Result<(Arc<Channel>, RegionId, DeviceEnd)> {
+pub fn place(
+    rig: &Rig,
+    kind: Kind,
+    region: &Region,
+    modify: bool,
+) -> Result<(Arc<Channel>, RegionId, DeviceEnd)> {
     let (channel, wire) = Channel::pair(kind.transport)?;
     let mechanism = mechanism(kind, &channel)?;
     let assigned = if modify {
@@ -129,7 +144,11 @@ pub fn place(rig: &Rig, kind: Kind, region: &Region, modify: bool) -> Result<(Ar
         rig.vm.assign(region, &*mechanism)?
     };
     let id = assigned.id;
-    Ok((channel, id, assigned.attach(DeviceEnd::new(wire, Layout::default()))))
+    Ok((
+        channel,
+        id,
+        assigned.attach(DeviceEnd::new(wire, Layout::default())),
+    ))
 }
 
 /// All events so far.
@@ -149,14 +168,21 @@ pub fn broken(vm: &Vm) -> Vec<(RegionId, String)> {
 /// Gives SIGUSR1 a handler that does nothing, so that it interrupts system calls.
 pub fn handle_sigusr1() -> Result<()> {
     extern "C" fn nothing(_: i32) {}
-    let action = SigAction::new(SigHandler::Handler(nothing), SaFlags::empty(), SigSet::empty());
+    let action = SigAction::new(
+        SigHandler::Handler(nothing),
+        SaFlags::empty(),
+        SigSet::empty(),
+    );
     // SAFETY: The handler does nothing at all.
     unsafe { sigaction(Signal::SIGUSR1, &action)? };
     Ok(())
 }
 
 /// Runs until `done` says so of an exit that is neither an interruption nor the end.
-pub fn run_until_halt(vcpu: &mut Vcpu, mut unclaimed: impl FnMut(ioregion_dispatch::BusAccess)) -> Result<()> {
+pub fn run_until_halt(
+    vcpu: &mut Vcpu,
+    mut unclaimed: impl FnMut(ioregion_dispatch::BusAccess),
+) -> Result<()> {
     loop {
         match vcpu.run()? {
             Exit::Halt => return Ok(()),
@@ -197,12 +223,20 @@ impl Runner {
             Some(vcpu)
         });
         let thread = thread.recv().unwrap_or_default();
-        Self { kicker, thread, steps, exits, joined }
+        Self {
+            kicker,
+            thread,
+            steps,
+            exits,
+            joined,
+        }
     }
 
     /// Has the thread do something with the vCPU.
     pub fn with(&self, step: impl FnOnce(&mut Vcpu) -> Result<()> + Send + 'static) {
-        let _ = self.steps.send(Box::new(move |vcpu| step(vcpu).map(|()| None)));
+        let _ = self
+            .steps
+            .send(Box::new(move |vcpu| step(vcpu).map(|()| None)));
     }
 
     /// Starts one `run`.
@@ -214,6 +248,17 @@ impl Runner {
     pub fn signal(&self) {
         // SAFETY: The thread lives until it is joined, which takes `self`.
         unsafe { libc::pthread_kill(self.thread, libc::SIGUSR1) };
+    }
+
+    /// Signals until the `run` ends. One signal alone can come before the thread sleeps: only a
+    /// mask would keep it until then.
+    pub fn signal_out(&self) -> Result<Exit> {
+        loop {
+            self.signal();
+            if let Some(exit) = self.exit_within(Duration::from_millis(20))? {
+                return Ok(exit);
+            }
+        }
     }
 
     /// How the `run` ended; `None` if it goes on for `time`.

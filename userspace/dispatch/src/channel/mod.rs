@@ -84,7 +84,10 @@ impl Channel {
     /// The operating system's, when it has no descriptor or memory left.
     pub fn pair(transport: Transport) -> io::Result<(Arc<Self>, Box<dyn Wire>)> {
         let (vmm, device) = wire::pair(transport)?;
-        Ok((Arc::new(Self::new(vmm, Layout::default(), Patience::default())), device))
+        Ok((
+            Arc::new(Self::new(vmm, Layout::default(), Patience::default())),
+            device,
+        ))
     }
 
     /// A channel over an existing wire.
@@ -92,7 +95,10 @@ impl Channel {
     pub fn new(wire: Box<dyn Wire>, layout: Layout, patience: Patience) -> Self {
         let fds = |to_send| {
             let fds = wire.poll_fds(to_send);
-            fds.iter().flatten().map(|(fd, flags)| (fd.as_raw_fd(), *flags)).collect()
+            fds.iter()
+                .flatten()
+                .map(|(fd, flags)| (fd.as_raw_fd(), *flags))
+                .collect()
         };
         Self {
             transport: wire.transport(),
@@ -147,11 +153,18 @@ impl Channel {
             return Err(io::Error::other(cause));
         }
         for &(fd, flags) in &self.receive {
-            let mut set = libc::pollfd { fd, events: flags.bits(), revents: 0 };
+            let mut set = libc::pollfd {
+                fd,
+                events: flags.bits(),
+                revents: 0,
+            };
             // SAFETY: One entry, which outlives the call.
             let ready = unsafe { libc::poll(&raw mut set, 1, 0) };
             if ready > 0 && set.revents & (libc::POLLHUP | libc::POLLERR | libc::POLLNVAL) != 0 {
-                return Err(io::Error::new(io::ErrorKind::BrokenPipe, "the device's end is closed"));
+                return Err(io::Error::new(
+                    io::ErrorKind::BrokenPipe,
+                    "the device's end is closed",
+                ));
             }
         }
         Ok(())
@@ -238,7 +251,11 @@ impl Channel {
     }
 
     /// Waits until a request has ended, driving the wire if nobody else does.
-    pub(crate) fn finish(self: &Arc<Self>, ticket: Ticket, waiter: &mut Waiter) -> io::Result<Progress> {
+    pub(crate) fn finish(
+        self: &Arc<Self>,
+        ticket: Ticket,
+        waiter: &mut Waiter,
+    ) -> io::Result<Progress> {
         let mut inner = self.lock();
         let mut spin_until = match self.patience {
             Patience::Sleep => None,
@@ -276,7 +293,11 @@ impl Channel {
                     inner.wire.finish_sleep();
                     continue;
                 }
-                fds = if to_send { &self.receive_or_send } else { &self.receive };
+                fds = if to_send {
+                    &self.receive_or_send
+                } else {
+                    &self.receive
+                };
             }
             inner.arrive(ticket, &waiter.bell);
             drop(inner);
@@ -300,7 +321,10 @@ impl Channel {
     }
 
     fn interrupted(self: &Arc<Self>, ticket: Ticket, waiter: &mut Waiter) -> Progress {
-        waiter.pending = Some(Pending { channel: Arc::clone(self), ticket });
+        waiter.pending = Some(Pending {
+            channel: Arc::clone(self),
+            ticket,
+        });
         Progress::Interrupted
     }
 }
@@ -411,7 +435,9 @@ impl Inner {
             bell.ring();
         } else if self.queue.to_send().is_some() {
             self.step_or_break(false, Some(ticket));
-            if self.queue.backlog() > 0 && let Some(helper) = &self.helper {
+            if self.queue.backlog() > 0
+                && let Some(helper) = &self.helper
+            {
                 helper.ring();
             }
         }

@@ -122,7 +122,11 @@ impl Queue {
                 self.end(request, Outcome::Retry);
             }
         }
-        if abandon && let Some(request) = self.in_flight.take_if(|request| request.new.region == region) {
+        if abandon
+            && let Some(request) = self
+                .in_flight
+                .take_if(|request| request.new.region == region)
+        {
             self.owed += 1;
             self.end(&request, Outcome::Lost);
         }
@@ -131,7 +135,11 @@ impl Queue {
     /// Gives one request up, because its maker is gone.
     pub fn abandon(&mut self, ticket: Ticket) {
         self.waiting.retain(|request| request.ticket != ticket);
-        if self.in_flight.take_if(|request| request.ticket == ticket).is_some() {
+        if self
+            .in_flight
+            .take_if(|request| request.ticket == ticket)
+            .is_some()
+        {
             self.owed += 1;
         }
         self.outcomes.remove(&ticket);
@@ -140,7 +148,10 @@ impl Queue {
     /// Ends all requests: nothing more will be sent or received.
     pub fn break_off(&mut self) {
         self.broken = true;
-        for request in std::mem::take(&mut self.waiting).into_iter().chain(self.in_flight.take()) {
+        for request in std::mem::take(&mut self.waiting)
+            .into_iter()
+            .chain(self.in_flight.take())
+        {
             self.lose(&request);
         }
     }
@@ -186,7 +197,13 @@ mod tests {
     }
 
     fn new(region: u64, n: u64, response: bool) -> New {
-        New { region, message: message(n), write: true, response, detached: false }
+        New {
+            region,
+            message: message(n),
+            write: true,
+            response,
+            detached: false,
+        }
     }
 
     #[test]
@@ -224,7 +241,10 @@ mod tests {
     #[test]
     fn modification_hands_replayed_writes_to_the_old_device() {
         let mut queue = Queue::default();
-        queue.push(New { detached: true, ..new(1, 1, false) });
+        queue.push(New {
+            detached: true,
+            ..new(1, 1, false)
+        });
         let own = queue.push(new(1, 2, true));
         queue.settle(1, false);
         assert_eq!(queue.take(own), Some(Outcome::Retry));

@@ -58,7 +58,12 @@ impl Binding {
         let record = vm.control().new_record()?;
         vm.add_vcpu(vcpu, record)?;
         let serial = NEXT_SERIAL.fetch_add(1, Ordering::Relaxed);
-        Ok(Self(Some(Bound { vm: Arc::clone(vm), record, serial, thread: None })))
+        Ok(Self(Some(Bound {
+            vm: Arc::clone(vm),
+            record,
+            serial,
+            thread: None,
+        })))
     }
 
     /// Makes sure that the program knows the calling thread as this vCPU's.
@@ -82,11 +87,18 @@ impl Binding {
             }
             // First, because the old binding may be one of this same vCPU, which has been elsewhere.
             *current = None;
-            let vcpu = VcpuEntry { vm: bound.vm.vm(), record: bound.record };
+            let vcpu = VcpuEntry {
+                vm: bound.vm.vm(),
+                record: bound.record,
+            };
             program.bind(thread, bound.serial, vcpu)?;
             bound.thread = Some(thread);
             let program = Arc::downgrade(program);
-            *current = Some(OnThread { program, thread, serial: bound.serial });
+            *current = Some(OnThread {
+                program,
+                thread,
+                serial: bound.serial,
+            });
             Ok(())
         })
     }
@@ -96,7 +108,9 @@ impl Binding {
         let Some(bound) = self.0.as_ref().filter(|bound| !bound.vm.is_gone()) else {
             return Fate::Unseen;
         };
-        let Ok(bytes) = u8::try_from(bytes) else { return Fate::Unseen };
+        let Ok(bytes) = u8::try_from(bytes) else {
+            return Fate::Unseen;
+        };
         let fate = read_record(bound.vm.records(), bound.record).fate(bus, addr, bytes, element);
         if fate == Fate::Announced {
             bound.vm.account();
@@ -120,7 +134,10 @@ impl Drop for Binding {
 
 impl Program {
     fn bind(&self, thread: u32, serial: u64, vcpu: VcpuEntry) -> io::Result<()> {
-        let mut threads = self.threads().lock().unwrap_or_else(PoisonError::into_inner);
+        let mut threads = self
+            .threads()
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         self.control().bind(thread, Some(vcpu))?;
         threads.insert(thread, serial);
         Ok(())
@@ -128,7 +145,10 @@ impl Program {
 
     /// Forgets a thread, unless it runs another vCPU by now.
     fn unbind(&self, thread: u32, serial: u64) {
-        let mut threads = self.threads().lock().unwrap_or_else(PoisonError::into_inner);
+        let mut threads = self
+            .threads()
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if threads.get(&thread) != Some(&serial) {
             return;
         }

@@ -38,16 +38,26 @@ pub fn serve_vmm(socket: &UnixStream, object: &[u8]) -> Result<(), LoadError> {
         // The client may be gone already.
         let _ = frame::send(socket, &Reply::Failed(errno), &[], MAX_FRAME);
     })?;
-    let mut client = Client { program, pid: peer.pid(), slots: 0, ports: Vec::new() };
+    let mut client = Client {
+        program,
+        pid: peer.pid(),
+        slots: 0,
+        ports: Vec::new(),
+    };
     loop {
         let request = match frame::recv::<Request>(socket, MAX_FRAME) {
             Ok((request, _)) => request,
-            Err(FrameError::Io(error)) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+            Err(FrameError::Io(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                return Ok(());
+            }
             Err(error) => return Err(LoadError::Io(error.into())),
         };
         let (reply, fds) = match client.handle(&request) {
             Ok(answer) => answer,
-            Err(error) => (Reply::Failed(error.raw_os_error().unwrap_or(libc::EIO)), Vec::new()),
+            Err(error) => (
+                Reply::Failed(error.raw_os_error().unwrap_or(libc::EIO)),
+                Vec::new(),
+            ),
         };
         frame::send(socket, &reply, &fds, MAX_FRAME)
             .map_err(|error| LoadError::Io(error.into()))?;
@@ -73,9 +83,19 @@ impl Client {
                 return Ok((Reply::Done, fds.into_iter().collect::<io::Result<_>>()?));
             }
             Request::CreatePort { slots } => {
-                let total = self.slots.checked_add(*slots).filter(|total| *total <= MAX_SLOTS);
-                let Some(total) = total else { return errno(libc::ENOSPC) };
-                let PortFds { port, slots: map, controls, ringbuf } = program.create_port(*slots)?;
+                let total = self
+                    .slots
+                    .checked_add(*slots)
+                    .filter(|total| *total <= MAX_SLOTS);
+                let Some(total) = total else {
+                    return errno(libc::ENOSPC);
+                };
+                let PortFds {
+                    port,
+                    slots: map,
+                    controls,
+                    ringbuf,
+                } = program.create_port(*slots)?;
                 self.slots = total;
                 self.ports.push((port, *slots));
                 return Ok((Reply::Number(port.into()), vec![map, controls, ringbuf]));
@@ -97,7 +117,12 @@ impl Client {
             Request::Remove(keys) => {
                 program.remove(&keys.iter().map(unpack_key).collect::<Vec<_>>())?;
             }
-            Request::SetZone { granule, vm, bus, port } => program.set_zone(zone(*granule, *vm, *bus), *port)?,
+            Request::SetZone {
+                granule,
+                vm,
+                bus,
+                port,
+            } => program.set_zone(zone(*granule, *vm, *bus), *port)?,
             Request::Bind { thread, vcpu } => {
                 let task = PathBuf::from(format!("/proc/{}/task/{thread}", self.pid));
                 if vcpu.is_some() && !task.exists() {

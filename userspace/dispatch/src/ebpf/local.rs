@@ -67,24 +67,40 @@ impl Local {
             .inspect_err(|error| tracing::debug!(%error, "the program was built without logging"))
             .ok()
             .map(Mutex::new);
-        let whoami = program(&mut ebpf, "whoami")?.fd()?.try_clone().map_err(LoadError::Io)?;
+        let whoami = program(&mut ebpf, "whoami")?
+            .fd()?
+            .try_clone()
+            .map_err(LoadError::Io)?;
         let mut attached = Vec::new();
         for name in PROGRAMS {
             let program = program(&mut ebpf, name)?;
-            program.attach(name).map_err(|error| LoadError::attach(name, error))?;
+            program
+                .attach(name)
+                .map_err(|error| LoadError::attach(name, error))?;
             attached.push(program.fd()?.try_clone().map_err(LoadError::Io)?);
         }
         let mut outer = Vec::new();
         let mut take = |name: &'static str| {
-            let map = ebpf.take_map(name).ok_or(LoadError::Object { missing: name })?;
+            let map = ebpf
+                .take_map(name)
+                .ok_or(LoadError::Object { missing: name })?;
             if let Map::ArrayOfMaps(data) = &map {
-                outer.push(data.fd().as_fd().try_clone_to_owned().map_err(LoadError::Io)?);
+                outer.push(
+                    data.fd()
+                        .as_fd()
+                        .try_clone_to_owned()
+                        .map_err(LoadError::Io)?,
+                );
             }
             Ok::<_, LoadError>(map)
         };
         let records = take("RECORDS")?;
         let records_fd = match &records {
-            Map::Array(data) => data.fd().as_fd().try_clone_to_owned().map_err(LoadError::Io)?,
+            Map::Array(data) => data
+                .fd()
+                .as_fd()
+                .try_clone_to_owned()
+                .map_err(LoadError::Io)?,
             _ => return Err(LoadError::Object { missing: "RECORDS" }),
         };
         let maps = Maps {
@@ -95,7 +111,9 @@ impl Local {
             slots: take("SLOTS")?.try_into()?,
             controls: take("CONTROLS")?.try_into()?,
             wakers: take("WAKERS")?.try_into()?,
-            outer: outer.try_into().map_err(|_| LoadError::Object { missing: "arrays of maps" })?,
+            outer: outer.try_into().map_err(|_| LoadError::Object {
+                missing: "arrays of maps",
+            })?,
             ports: Numbers::new(MAX_PORTS),
             free_records: Numbers::new(MAX_VCPUS),
             next_vm: 0,
@@ -117,26 +135,56 @@ impl Local {
 }
 
 fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut RawTracePoint, LoadError> {
-    let program = ebpf.program_mut(name).ok_or(LoadError::Object { missing: name })?;
+    let program = ebpf
+        .program_mut(name)
+        .ok_or(LoadError::Object { missing: name })?;
     let program: &mut RawTracePoint = program.try_into()?;
     program.load().map_err(LoadError::verify)?;
     Ok(program)
 }
 
-fn create(kind: u32, value: u32, entries: u32, flags: u32, name: &str) -> Result<MapData, MapError> {
-    let key = if kind == BPF_MAP_TYPE_RINGBUF as u32 { 0 } else { 4 };
-    MapData::create(aya_obj::Map::new_from_params(kind, key, value, entries, flags), name, None)
+fn create(
+    kind: u32,
+    value: u32,
+    entries: u32,
+    flags: u32,
+    name: &str,
+) -> Result<MapData, MapError> {
+    let key = if kind == BPF_MAP_TYPE_RINGBUF as u32 {
+        0
+    } else {
+        4
+    };
+    MapData::create(
+        aya_obj::Map::new_from_params(kind, key, value, entries, flags),
+        name,
+        None,
+    )
 }
 
 impl Control for Local {
     fn create_port(&self, slots: u32) -> io::Result<PortFds> {
         let array = |value: usize, entries, name| {
             let flags = BPF_F_MMAPABLE | BPF_F_INNER_MAP;
-            create(BPF_MAP_TYPE_ARRAY as u32, value as u32, entries, flags, name).map_err(to_io)
+            create(
+                BPF_MAP_TYPE_ARRAY as u32,
+                value as u32,
+                entries,
+                flags,
+                name,
+            )
+            .map_err(to_io)
         };
         let slots_map = array(size_of::<Slot>(), slots.max(1), "ioregion_slots")?;
         let controls = array(size_of::<u64>(), control_words(slots), "ioregion_ctl")?;
-        let ringbuf = create(BPF_MAP_TYPE_RINGBUF as u32, 0, RINGBUF_LEN, 0, "ioregion_wake").map_err(to_io)?;
+        let ringbuf = create(
+            BPF_MAP_TYPE_RINGBUF as u32,
+            0,
+            RINGBUF_LEN,
+            0,
+            "ioregion_wake",
+        )
+        .map_err(to_io)?;
         bpf::map_freeze(slots_map.fd().as_fd())?;
         let fds = PortFds {
             port: 0,
@@ -208,14 +256,19 @@ impl Control for Local {
 
     fn new_vm(&self) -> io::Result<u32> {
         let mut maps = self.maps();
-        maps.next_vm = maps.next_vm.checked_add(1).ok_or_else(|| io::Error::from(io::ErrorKind::StorageFull))?;
+        maps.next_vm = maps
+            .next_vm
+            .checked_add(1)
+            .ok_or_else(|| io::Error::from(io::ErrorKind::StorageFull))?;
         Ok(maps.next_vm)
     }
 
     fn new_record(&self) -> io::Result<u32> {
         let mut maps = self.maps();
         let record = maps.free_records.take()?;
-        maps.records.set(record, VcpuRecord::default(), 0).map_err(to_io)?;
+        maps.records
+            .set(record, VcpuRecord::default(), 0)
+            .map_err(to_io)?;
         Ok(record)
     }
 
@@ -237,8 +290,12 @@ impl Control for Local {
         for program in &self.attached {
             let fd = program.as_fd().as_raw_fd();
             let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}"))?;
-            let misses = info.lines().find_map(|line| line.strip_prefix("recursion_misses:"));
-            sum += misses.and_then(|n| n.trim().parse::<u64>().ok()).unwrap_or(0);
+            let misses = info
+                .lines()
+                .find_map(|line| line.strip_prefix("recursion_misses:"));
+            sum += misses
+                .and_then(|n| n.trim().parse::<u64>().ok())
+                .unwrap_or(0);
         }
         Ok(sum)
     }
@@ -250,7 +307,10 @@ impl Control for Local {
     #[cfg(feature = "log")]
     fn flush_log(&self) {
         if let Some(logger) = &self.logger {
-            logger.lock().unwrap_or_else(PoisonError::into_inner).flush();
+            logger
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .flush();
         }
     }
 }
@@ -282,7 +342,11 @@ struct Numbers {
 
 impl Numbers {
     fn new(limit: u32) -> Self {
-        Self { next: 0, limit, free: Vec::new() }
+        Self {
+            next: 0,
+            limit,
+            free: Vec::new(),
+        }
     }
 
     fn take(&mut self) -> io::Result<u32> {

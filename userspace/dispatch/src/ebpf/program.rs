@@ -52,13 +52,17 @@ pub struct ProgramCounters {
 #[non_exhaustive]
 pub enum LoadError {
     /// There is no object file.
-    #[error("no eBPF object at {searched:?}; build it with `cargo xtask build-ebpf`, or name one in {OBJECT_VARIABLE}")]
+    #[error(
+        "no eBPF object at {searched:?}; build it with `cargo xtask build-ebpf`, or name one in {OBJECT_VARIABLE}"
+    )]
     NotBuilt {
         /// Where it was looked for.
         searched: Vec<PathBuf>,
     },
     /// The file cannot be read.
-    #[error("the eBPF object {path} cannot be read: {error}; build it with `cargo xtask build-ebpf`")]
+    #[error(
+        "the eBPF object {path} cannot be read: {error}; build it with `cargo xtask build-ebpf`"
+    )]
     Unreadable {
         /// The file.
         path: PathBuf,
@@ -66,7 +70,9 @@ pub enum LoadError {
         error: io::Error,
     },
     /// The file is damaged, or no eBPF object at all.
-    #[error("this is no eBPF object that could be loaded; build it with `cargo xtask build-ebpf` ({0})")]
+    #[error(
+        "this is no eBPF object that could be loaded; build it with `cargo xtask build-ebpf` ({0})"
+    )]
     Damaged(Box<dyn std::error::Error + Send + Sync>),
     /// The object is not this library's.
     #[error("the eBPF object has no {missing}; build it from the same revision as this library")]
@@ -75,10 +81,14 @@ pub enum LoadError {
         missing: &'static str,
     },
     /// The process may not load BPF programs.
-    #[error("loading BPF programs is not permitted: run as root or with CAP_BPF and CAP_PERFMON, or have the loader do it; kernel lockdown above `integrity` forbids it altogether ({0})")]
+    #[error(
+        "loading BPF programs is not permitted: run as root or with CAP_BPF and CAP_PERFMON, or have the loader do it; kernel lockdown above `integrity` forbids it altogether ({0})"
+    )]
     NotPermitted(io::Error),
     /// The kernel has no such tracepoint.
-    #[error("the kernel has no tracepoint {name}: it needs CONFIG_TRACEPOINTS and KVM, built in or as a loaded module (`modprobe kvm`) ({error})")]
+    #[error(
+        "the kernel has no tracepoint {name}: it needs CONFIG_TRACEPOINTS and KVM, built in or as a loaded module (`modprobe kvm`) ({error})"
+    )]
     NoTracepoint {
         /// Name of the tracepoint.
         name: &'static str,
@@ -86,10 +96,14 @@ pub enum LoadError {
         error: io::Error,
     },
     /// The kernel or the verifier refused the object.
-    #[error("the kernel refuses the eBPF object (it needs 5.11 or newer with CONFIG_BPF_SYSCALL, and CONFIG_DEBUG_INFO_BTF for typed maps): {0}")]
+    #[error(
+        "the kernel refuses the eBPF object (it needs 5.11 or newer with CONFIG_BPF_SYSCALL, and CONFIG_DEBUG_INFO_BTF for typed maps): {0}"
+    )]
     Refused(Box<dyn std::error::Error + Send + Sync>),
     /// The loader cannot be reached, or refused.
-    #[error("the eBPF loader at {path}: {error}; is `ioregion-loader` running, and may this user open its socket?")]
+    #[error(
+        "the eBPF loader at {path}: {error}; is `ioregion-loader` running, and may this user open its socket?"
+    )]
     Loader {
         /// The loader's socket.
         path: PathBuf,
@@ -124,7 +138,10 @@ impl LoadError {
             ProgramError::SyscallError(error) if is_permission(&error.io_error) => {
                 Self::NotPermitted(error.io_error)
             }
-            ProgramError::SyscallError(error) => Self::NoTracepoint { name, error: error.io_error },
+            ProgramError::SyscallError(error) => Self::NoTracepoint {
+                name,
+                error: error.io_error,
+            },
             error => Self::Refused(error.into()),
         }
     }
@@ -168,7 +185,10 @@ impl Program {
     ///
     /// [`LoadError`], with the reason and the remedy.
     pub fn load_sized(object: &[u8], max_doorbells: u32) -> Result<Arc<Self>, LoadError> {
-        Ok(Self::with_control(Box::new(Local::load(object, max_doorbells)?)))
+        Ok(Self::with_control(Box::new(Local::load(
+            object,
+            max_doorbells,
+        )?)))
     }
 
     /// Loads the object that [`find`](Self::find) finds.
@@ -191,7 +211,9 @@ impl Program {
     ///
     /// [`LoadError::Loader`].
     pub fn connect(loader: impl AsRef<Path>) -> Result<Arc<Self>, LoadError> {
-        Ok(Self::with_control(Box::new(Remote::connect(loader.as_ref())?)))
+        Ok(Self::with_control(Box::new(Remote::connect(
+            loader.as_ref(),
+        )?)))
     }
 
     /// The object file: the one that `IOREGION_BPF_OBJECT` names, else `bpf/ioregion.bpf.o` in
@@ -205,13 +227,20 @@ impl Program {
             return Ok(path.into());
         }
         let executable = std::env::current_exe().map_err(LoadError::Io)?;
-        let searched: Vec<_> = executable.ancestors().skip(1).map(|dir| dir.join(OBJECT)).collect();
+        let searched: Vec<_> = executable
+            .ancestors()
+            .skip(1)
+            .map(|dir| dir.join(OBJECT))
+            .collect();
         let found = searched.iter().find(|path| Path::is_file(path)).cloned();
         found.ok_or(LoadError::NotBuilt { searched })
     }
 
     fn with_control(control: Box<dyn Control>) -> Arc<Self> {
-        Arc::new(Self { control, threads: Threads::default() })
+        Arc::new(Self {
+            control,
+            threads: Threads::default(),
+        })
     }
 
     pub(crate) fn control(&self) -> &dyn Control {

@@ -14,13 +14,27 @@ pub(super) const MAX_SLOTS: u32 = 1 << 20;
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) enum Request {
     /// Replied to with [`Reply::Done`] and the descriptors of the records and of `whoami`.
-    Hello { version: u32 },
-    CreatePort { slots: u32 },
-    RemovePort { port: u32 },
+    Hello {
+        version: u32,
+    },
+    CreatePort {
+        slots: u32,
+    },
+    RemovePort {
+        port: u32,
+    },
     Insert(Vec<(Key, Entry)>),
     Remove(Vec<Key>),
-    SetZone { granule: u64, vm: u32, bus: u32, port: Option<u32> },
-    Bind { thread: u32, vcpu: Option<(u32, u32)> },
+    SetZone {
+        granule: u64,
+        vm: u32,
+        bus: u32,
+        port: Option<u32>,
+    },
+    Bind {
+        thread: u32,
+        vcpu: Option<(u32, u32)>,
+    },
     NewVm,
     NewRecord,
     FreeRecord(u32),
@@ -49,7 +63,12 @@ pub(super) fn pack_key(key: &MatchKey) -> Key {
 }
 
 pub(super) fn unpack_key(&(addr, value, vm, what): &Key) -> MatchKey {
-    MatchKey { addr, value, vm, what }
+    MatchKey {
+        addr,
+        value,
+        vm,
+        what,
+    }
 }
 
 pub(super) fn pack_entry(entry: &MatchEntry) -> Entry {
@@ -57,7 +76,13 @@ pub(super) fn pack_entry(entry: &MatchEntry) -> Entry {
 }
 
 pub(super) fn unpack_entry(&(mask, port, slot, flags): &Entry) -> MatchEntry {
-    MatchEntry { mask, port, slot, flags, reserved: 0 }
+    MatchEntry {
+        mask,
+        port,
+        slot,
+        flags,
+        reserved: 0,
+    }
 }
 
 pub(super) fn unpack_vcpu(&(vm, record): &(u32, u32)) -> VcpuEntry {

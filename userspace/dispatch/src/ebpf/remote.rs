@@ -25,14 +25,22 @@ pub(crate) struct Remote {
 
 impl Remote {
     pub(crate) fn connect(path: &Path) -> Result<Self, LoadError> {
-        let error = |error| LoadError::Loader { path: path.to_owned(), error };
+        let error = |error| LoadError::Loader {
+            path: path.to_owned(),
+            error,
+        };
         let socket = UnixStream::connect(path).map_err(error)?;
         let (reply, fds) = ask(&socket, &Request::Hello { version: VERSION }).map_err(error)?;
         let ([records, whoami], Reply::Done) = (take(fds).map_err(error)?, reply) else {
             return Err(error(unexpected()));
         };
         let watched = socket.try_clone().map_err(error)?;
-        Ok(Self { socket: Mutex::new(socket), watched, records, whoami })
+        Ok(Self {
+            socket: Mutex::new(socket),
+            watched,
+            records,
+            whoami,
+        })
     }
 
     fn ask(&self, request: &Request) -> io::Result<(Reply, Vec<OwnedFd>)> {
@@ -72,7 +80,10 @@ fn take<const N: usize>(fds: Vec<OwnedFd>) -> io::Result<[OwnedFd; N]> {
 }
 
 fn unexpected() -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, "the loader answers something else than was asked")
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        "the loader answers something else than was asked",
+    )
 }
 
 impl Control for Remote {
@@ -80,7 +91,12 @@ impl Control for Remote {
         let (port, fds) = self.number(&Request::CreatePort { slots })?;
         let [slots, controls, ringbuf] = take(fds)?;
         let port = port.try_into().map_err(|_| unexpected())?;
-        Ok(PortFds { port, slots, controls, ringbuf })
+        Ok(PortFds {
+            port,
+            slots,
+            controls,
+            ringbuf,
+        })
     }
 
     fn remove_port(&self, port: u32) -> io::Result<()> {
@@ -88,7 +104,9 @@ impl Control for Remote {
     }
 
     fn insert(&self, entries: &[(MatchKey, MatchEntry)]) -> io::Result<()> {
-        let entries = entries.iter().map(|(key, entry)| (pack_key(key), pack_entry(entry)));
+        let entries = entries
+            .iter()
+            .map(|(key, entry)| (pack_key(key), pack_entry(entry)));
         self.done(&Request::Insert(entries.collect()))
     }
 
@@ -97,11 +115,19 @@ impl Control for Remote {
     }
 
     fn set_zone(&self, granule: ZoneKey, port: Option<u32>) -> io::Result<()> {
-        self.done(&Request::SetZone { granule: granule.granule, vm: granule.vm, bus: granule.bus, port })
+        self.done(&Request::SetZone {
+            granule: granule.granule,
+            vm: granule.vm,
+            bus: granule.bus,
+            port,
+        })
     }
 
     fn bind(&self, thread: u32, vcpu: Option<VcpuEntry>) -> io::Result<()> {
-        self.done(&Request::Bind { thread, vcpu: vcpu.map(|vcpu| (vcpu.vm, vcpu.record)) })
+        self.done(&Request::Bind {
+            thread,
+            vcpu: vcpu.map(|vcpu| (vcpu.vm, vcpu.record)),
+        })
     }
 
     fn new_vm(&self) -> io::Result<u32> {

@@ -46,13 +46,16 @@ impl Ring {
         // SAFETY: The vCPU owns the descriptor and outlives the borrow.
         let fd = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
         let offset = KVM_COALESCED_MMIO_PAGE_OFFSET as usize * PAGE;
-        Ok(Self { page: Mapping::new(fd, offset, PAGE, true)? })
+        Ok(Self {
+            page: Mapping::new(fd, offset, PAGE, true)?,
+        })
     }
 
     /// `first` and `last` stand in one word: the consumer's and KVM's half.
     fn indices(&self, order: Ordering) -> (u32, u32) {
         let word = self.page.word(0).load(order).to_ne_bytes();
-        let half = |at: usize| u32::from_ne_bytes([word[at], word[at + 1], word[at + 2], word[at + 3]]);
+        let half =
+            |at: usize| u32::from_ne_bytes([word[at], word[at + 1], word[at + 2], word[at + 3]]);
         let (first, last) = (
             half(offset_of!(kvm_coalesced_mmio_ring, first)),
             half(offset_of!(kvm_coalesced_mmio_ring, last)),
@@ -72,17 +75,29 @@ impl Ring {
             return None;
         }
         let at = HEADER + first as usize * ENTRY;
-        let word = |offset: usize| self.page.word(at + offset).load(Ordering::Relaxed).to_ne_bytes();
+        let word = |offset: usize| {
+            self.page
+                .word(at + offset)
+                .load(Ordering::Relaxed)
+                .to_ne_bytes()
+        };
         let len_and_bus = word(offset_of!(kvm_coalesced_mmio, len));
         let [l0, l1, l2, l3, b0, b1, b2, b3] = len_and_bus;
         let len = u32::from_ne_bytes([l0, l1, l2, l3]);
         let swallowed = Swallowed {
-            bus: if u32::from_ne_bytes([b0, b1, b2, b3]) == 1 { Bus::Pio } else { Bus::Mmio },
+            bus: if u32::from_ne_bytes([b0, b1, b2, b3]) == 1 {
+                Bus::Pio
+            } else {
+                Bus::Mmio
+            },
             addr: u64::from_ne_bytes(word(offset_of!(kvm_coalesced_mmio, phys_addr))),
             bytes: len.clamp(1, 8) as u8,
             data: word(offset_of!(kvm_coalesced_mmio, data)),
         };
-        self.page.store_u32(offset_of!(kvm_coalesced_mmio_ring, first), (first + 1) % ENTRIES);
+        self.page.store_u32(
+            offset_of!(kvm_coalesced_mmio_ring, first),
+            (first + 1) % ENTRIES,
+        );
         Some(swallowed)
     }
 }

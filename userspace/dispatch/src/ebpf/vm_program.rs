@@ -9,7 +9,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use ioregion_abi::bpf::{
-    CONTROL_ARM, MAX_VCPUS, MatchEntry, MatchKey, Slot, VcpuRecord, ZONE_GRANULE_SHIFT, ZoneKey, control_words,
+    CONTROL_ARM, MAX_VCPUS, MatchEntry, MatchKey, Slot, VcpuRecord, ZONE_GRANULE_SHIFT, ZoneKey,
+    control_words,
 };
 use ioregion_abi::{Bus, Size};
 use kvm_ioctls::VcpuFd;
@@ -67,10 +68,13 @@ impl VmProgram {
         let vm = control.new_vm()?;
         let len = MAX_VCPUS as usize * size_of::<VcpuRecord>();
         let records = Arc::new(Mapping::new(control.records(), 0, len, false)?);
-        let PortFds { port, slots, controls, ringbuf } = control.create_port(1)?;
-        let mapping = |fd: &OwnedFd, len, writable| {
-            Mapping::new(fd.as_fd(), 0, len, writable)
-        };
+        let PortFds {
+            port,
+            slots,
+            controls,
+            ringbuf,
+        } = control.create_port(1)?;
+        let mapping = |fd: &OwnedFd, len, writable| Mapping::new(fd.as_fd(), 0, len, writable);
         Ok(Self {
             program: Arc::clone(program),
             vm,
@@ -182,7 +186,9 @@ impl VmProgram {
 
     fn forget(&self, zones: &mut HashMap<ZoneKey, usize>, granules: impl Iterator<Item = ZoneKey>) {
         for granule in granules {
-            let Some(users) = zones.get_mut(&granule) else { continue };
+            let Some(users) = zones.get_mut(&granule) else {
+                continue;
+            };
             *users -= 1;
             if *users == 0 {
                 zones.remove(&granule);
@@ -198,7 +204,10 @@ impl VmProgram {
         channel.set_helper(Arc::clone(&self.bell));
         let mut channels = lock(&self.channels);
         channels.retain(|other| other.strong_count() > 0);
-        if !channels.iter().any(|other| other.as_ptr() == Arc::as_ptr(channel)) {
+        if !channels
+            .iter()
+            .any(|other| other.as_ptr() == Arc::as_ptr(channel))
+        {
             channels.push(Arc::downgrade(channel));
         }
     }
@@ -210,7 +219,8 @@ impl VmProgram {
 
     pub(crate) fn counters(&self) -> ProgramCounters {
         let mut sum = ProgramCounters {
-            lost: self.program.recursion_misses().unwrap_or(0) + self.strays.load(Ordering::Relaxed),
+            lost: self.program.recursion_misses().unwrap_or(0)
+                + self.strays.load(Ordering::Relaxed),
             ..Default::default()
         };
         for &record in &*lock(&self.vcpus) {
@@ -253,7 +263,12 @@ impl VmProgram {
             let size = Size::from_bytes(bytes).unwrap_or(Size::B8);
             let addr = write.addr + u64::from(at);
             let data = value >> (8 * u32::from(at)) & size.mask();
-            let access = BusAccess { bus: write.bus, addr, size, write: Some(data) };
+            let access = BusAccess {
+                bus: write.bus,
+                addr,
+                size,
+                write: Some(data),
+            };
             match VmShared::find(tables, write.bus, addr, size) {
                 Some(entry) => {
                     entry.carrier.replay(&access);
@@ -273,7 +288,10 @@ impl VmProgram {
 
     /// Whether a write is on its way from the program to the ring.
     fn is_expecting(&self) -> bool {
-        self.announced().wrapping_sub(self.accounted.load(Ordering::SeqCst)).cast_signed() > 0
+        self.announced()
+            .wrapping_sub(self.accounted.load(Ordering::SeqCst))
+            .cast_signed()
+            > 0
     }
 
     fn is_ring_empty(&self) -> bool {
@@ -339,21 +357,41 @@ impl VmProgram {
 fn poll(fds: &[(RawFd, PollFlags)], timeout: Option<Duration>) -> Vec<bool> {
     let mut set: Vec<_> = fds
         .iter()
-        .map(|&(fd, flags)| libc::pollfd { fd, events: flags.bits(), revents: 0 })
+        .map(|&(fd, flags)| libc::pollfd {
+            fd,
+            events: flags.bits(),
+            revents: 0,
+        })
         .collect();
     let timeout = timeout.map(|time| libc::timespec {
         tv_sec: time.as_secs().cast_signed(),
         tv_nsec: time.subsec_nanos().into(),
     });
-    let timeout = timeout.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    let timeout = timeout
+        .as_ref()
+        .map_or(std::ptr::null(), std::ptr::from_ref);
     // SAFETY: `set` has as many entries as are passed, `timeout` is null or outlives the call.
-    unsafe { libc::ppoll(set.as_mut_ptr(), set.len() as u64, timeout, std::ptr::null()) };
+    unsafe {
+        libc::ppoll(
+            set.as_mut_ptr(),
+            set.len() as u64,
+            timeout,
+            std::ptr::null(),
+        )
+    };
     set.iter().map(|entry| entry.revents != 0).collect()
 }
 
 fn granules(vm: u32, bus: Bus, addr: u64, len: u64) -> impl Iterator<Item = ZoneKey> {
-    let (first, last) = (addr >> ZONE_GRANULE_SHIFT, (addr + (len - 1)) >> ZONE_GRANULE_SHIFT);
-    (first..=last).map(move |granule| ZoneKey { granule, vm, bus: bus as u32 })
+    let (first, last) = (
+        addr >> ZONE_GRANULE_SHIFT,
+        (addr + (len - 1)) >> ZONE_GRANULE_SHIFT,
+    );
+    (first..=last).map(move |granule| ZoneKey {
+        granule,
+        vm,
+        bus: bus as u32,
+    })
 }
 
 /// Copies a vCPU's record out of the shared map.

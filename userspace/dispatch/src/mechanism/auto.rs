@@ -20,7 +20,9 @@ impl Auto {
     /// Uses `channel` for whatever has to go over the wire.
     #[must_use]
     pub fn new(channel: &Arc<Channel>) -> Self {
-        Self { channel: Arc::clone(channel) }
+        Self {
+            channel: Arc::clone(channel),
+        }
     }
 }
 
@@ -35,9 +37,15 @@ impl Mechanism for Auto {
             .iter()
             .all(|doorbell| doorbell.datamatch.is_some() && doorbell.is_full_match());
         let (mechanism, reason): (Box<dyn Mechanism>, _) = if doorbells.is_empty() {
-            (Box::new(Forward::new(&self.channel)), "the region has no doorbells")
+            (
+                Box::new(Forward::new(&self.channel)),
+                "the region has no doorbells",
+            )
         } else if vm.program().is_some() {
-            (Box::new(Ebpf::new(&self.channel)), "the eBPF program is loaded and carries values")
+            (
+                Box::new(Ebpf::new(&self.channel)),
+                "the eBPF program is loaded and carries values",
+            )
         } else if value_is_known {
             (
                 Box::new(Ioeventfd::new(&self.channel)),

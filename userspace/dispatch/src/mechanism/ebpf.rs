@@ -36,7 +36,9 @@ impl Ebpf {
     /// [`Delivery::Fifo`](crate::Delivery::Fifo) go over `channel`.
     #[must_use]
     pub fn new(channel: &Arc<Channel>) -> Self {
-        Self { channel: Arc::clone(channel) }
+        Self {
+            channel: Arc::clone(channel),
+        }
     }
 }
 
@@ -50,12 +52,18 @@ impl Mechanism for Ebpf {
         let fail = |kind| region.error(kind);
         let Some(program) = vm.program() else {
             let what = "a VM with a program (Vm::with_program)";
-            return Err(fail(Kind::Missing { mechanism: Self::NAME, what }));
+            return Err(fail(Kind::Missing {
+                mechanism: Self::NAME,
+                what,
+            }));
         };
         check_sinks(region).map_err(fail)?;
         check_channel(&self.channel, region)?;
         let zones = zones(region);
-        let plan = Plan { region, zones: &zones };
+        let plan = Plan {
+            region,
+            zones: &zones,
+        };
         let mut parts = Parts::new(program);
         let source = match parts.build(vm, &plan) {
             Ok(source) => source,
@@ -89,7 +97,12 @@ fn zones(region: &Region) -> Vec<Zone> {
         .doorbells
         .iter()
         .filter(|doorbell| doorbell.sink == Sink::Coalesced)
-        .map(|doorbell| (doorbell.offset, doorbell.offset + u64::from(doorbell.size.bytes())))
+        .map(|doorbell| {
+            (
+                doorbell.offset,
+                doorbell.offset + u64::from(doorbell.size.bytes()),
+            )
+        })
         .collect();
     ranges.sort_unstable();
     let mut zones: Vec<(u64, u64)> = Vec::new();
@@ -122,7 +135,10 @@ fn check_sinks(region: &Region) -> Result<(), Kind> {
         }
         let start = region.base + at;
         let end = start + u64::from(doorbell.size.bytes());
-        if zones.iter().any(|&(zone, len)| start < zone + u64::from(len) && zone < end) {
+        if zones
+            .iter()
+            .any(|&(zone, len)| start < zone + u64::from(len) && zone < end)
+        {
             return Err(Kind::DoorbellSink(at, "another doorbell there uses it"));
         }
     }
@@ -164,12 +180,21 @@ impl Parts {
             return Ok(None);
         }
         let control = self.program.control();
-        let slots = u32::try_from(region.doorbells.len()).map_err(|_| Kind::TableFull("the port"))?;
-        let PortFds { port, slots, controls, ringbuf } =
-            control.create_port(slots).map_err(|error| bpf("creating a port", error))?;
+        let slots =
+            u32::try_from(region.doorbells.len()).map_err(|_| Kind::TableFull("the port"))?;
+        let PortFds {
+            port,
+            slots,
+            controls,
+            ringbuf,
+        } = control
+            .create_port(slots)
+            .map_err(|error| bpf("creating a port", error))?;
         self.port = Some(port);
         let entries = entries(region, self.program.vm(), port, self.program.port());
-        control.insert(&entries).map_err(|error| bpf("filling the match table", error))?;
+        control
+            .insert(&entries)
+            .map_err(|error| bpf("filling the match table", error))?;
         self.keys = entries.iter().map(|(key, _)| *key).collect();
         for &zone in plan.zones {
             let added = self.program.add_zone(region.bus, zone.0, zone.1.into());
@@ -187,9 +212,15 @@ impl Parts {
         let shared = Arc::new(eventfd().map_err(Kind::BadDescriptor)?);
         let mut doorbells = Vec::new();
         for (index, doorbell) in (0..).zip(&region.doorbells) {
-            doorbells.push(SlotDoorbell { index, offset: doorbell.offset, size: doorbell.size });
+            doorbells.push(SlotDoorbell {
+                index,
+                offset: doorbell.offset,
+                size: doorbell.size,
+            });
             if doorbell.sink == Sink::Ioeventfd {
-                let added = self.eventfds.add(vm.vm(), region, doorbell, Arc::clone(&shared));
+                let added = self
+                    .eventfds
+                    .add(vm.vm(), region, doorbell, Arc::clone(&shared));
                 added.map_err(|error| sink_error("KVM_IOEVENTFD", error))?;
             }
         }
@@ -202,7 +233,9 @@ impl Parts {
             eventfd: eventfd.transpose().map_err(Kind::BadDescriptor)?,
             ringbuf: Some(ringbuf),
         });
-        source.map(|port| Some(DoorbellSource::Port(port))).map_err(Kind::BadDescriptor)
+        source
+            .map(|port| Some(DoorbellSource::Port(port)))
+            .map_err(Kind::BadDescriptor)
     }
 
     /// Takes everything away, the sinks first: what is still captured then exits, and the exit
@@ -221,7 +254,9 @@ impl Parts {
         let keys = std::mem::take(&mut self.keys);
         let control = self.program.control();
         let removed = control.remove(&keys).and_then(|()| {
-            self.port.take().map_or(Ok(()), |port| control.remove_port(port))
+            self.port
+                .take()
+                .map_or(Ok(()), |port| control.remove_port(port))
         });
         if let Err(error) = removed {
             tracing::warn!(%error, "cannot take a region out of the program");
@@ -250,7 +285,14 @@ pub(crate) fn entries(region: &Region, vm: u32, port: u32, drain_port: u32) -> V
             Some(m) => {
                 if selected.insert(first) {
                     let flags = MatchEntry::SELECT;
-                    entries.push((first, MatchEntry { mask: m.mask, flags, ..Default::default() }));
+                    entries.push((
+                        first,
+                        MatchEntry {
+                            mask: m.mask,
+                            flags,
+                            ..Default::default()
+                        },
+                    ));
                 }
                 entries.push((first.masked(m.value), entry));
             }
@@ -267,9 +309,18 @@ fn entry(doorbell: &Doorbell, port: u32, slot: u32, drain_port: u32) -> MatchEnt
         (_, Wake::Always) => MatchEntry::WAKE_ALWAYS,
     };
     match doorbell.delivery {
-        Delivery::Latest => MatchEntry { port, slot, flags: MatchEntry::STORE | wake, ..Default::default() },
+        Delivery::Latest => MatchEntry {
+            port,
+            slot,
+            flags: MatchEntry::STORE | wake,
+            ..Default::default()
+        },
         // The ring is the queue: its drainer is told, not the device.
-        Delivery::Fifo => MatchEntry { port: drain_port, flags: MatchEntry::WAKE_ARMED, ..Default::default() },
+        Delivery::Fifo => MatchEntry {
+            port: drain_port,
+            flags: MatchEntry::WAKE_ARMED,
+            ..Default::default()
+        },
     }
 }
 
@@ -289,8 +340,19 @@ impl Carrier for WithProgram {
         let Some(data) = access.write else { return };
         let doorbell = self.placed.doorbell(access.addr, access.size, data);
         // The program itself has woken the task of a coalesced doorbell.
-        if let Some((_, Doorbell { sink: Sink::Ioeventfd, .. })) = doorbell {
-            self.parts.lock().unwrap_or_else(PoisonError::into_inner).eventfds.signal();
+        if let Some((
+            _,
+            Doorbell {
+                sink: Sink::Ioeventfd,
+                ..
+            },
+        )) = doorbell
+        {
+            self.parts
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .eventfds
+                .signal();
         }
     }
 
@@ -303,6 +365,9 @@ impl Carrier for WithProgram {
     }
 
     fn unsink(&self, vm: &VmFd) -> bool {
-        self.parts.lock().unwrap_or_else(PoisonError::into_inner).take_down(vm)
+        self.parts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take_down(vm)
     }
 }

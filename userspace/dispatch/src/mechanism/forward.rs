@@ -30,7 +30,9 @@ impl Forward {
     /// Forwards over `channel`.
     #[must_use]
     pub fn new(channel: &Arc<Channel>) -> Self {
-        Self { channel: Arc::clone(channel) }
+        Self {
+            channel: Arc::clone(channel),
+        }
     }
 }
 
@@ -48,7 +50,9 @@ impl Mechanism for Forward {
 
 /// Refuses a channel that carries nothing (more), before anything is assigned.
 pub(crate) fn check_channel(channel: &Channel, region: &Region) -> Result<(), RegionError> {
-    channel.check().map_err(|error| region.error(RegionErrorKind::BadDescriptor(error)))
+    channel
+        .check()
+        .map_err(|error| region.error(RegionErrorKind::BadDescriptor(error)))
 }
 
 /// The wire-protocol path, which the other mechanisms fall back to.
@@ -70,11 +74,12 @@ impl WirePath {
     ) -> Self {
         let events = vm.events();
         let id = placed.id;
-        channel.watch(
-            id.0,
-            Box::new(move |cause| events.broken(id, cause)),
-        );
-        Self { channel: Arc::clone(channel), placed: Arc::clone(placed), posted }
+        channel.watch(id.0, Box::new(move |cause| events.broken(id, cause)));
+        Self {
+            channel: Arc::clone(channel),
+            placed: Arc::clone(placed),
+            posted,
+        }
     }
 
     fn request(&self, access: &BusAccess, response: bool, detached: bool) -> New {
@@ -106,7 +111,11 @@ impl Carrier for WirePath {
         let response = match access.write {
             None => true,
             Some(data) => {
-                !self.posted && self.placed.doorbell(access.addr, access.size, data).is_none()
+                !self.posted
+                    && self
+                        .placed
+                        .doorbell(access.addr, access.size, data)
+                        .is_none()
             }
         };
         let new = self.request(access, response, false);
@@ -128,13 +137,15 @@ impl Carrier for WirePath {
         }
         let in_time = backlog < BACKLOG_LIMIT;
         if !in_time {
-            self.channel.break_with("the device task does not read its posted writes");
+            self.channel
+                .break_with("the device task does not read its posted writes");
         }
         in_time
     }
 
     fn retire(&self, abandon: bool) {
-        self.channel.settle(self.placed.id.0, abandon, || self.placed.retire());
+        self.channel
+            .settle(self.placed.id.0, abandon, || self.placed.retire());
     }
 }
 

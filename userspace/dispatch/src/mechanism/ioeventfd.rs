@@ -35,7 +35,9 @@ impl Ioeventfd {
     /// Reads and writes that are no doorbells go over `channel`.
     #[must_use]
     pub fn new(channel: &Arc<Channel>) -> Self {
-        Self { channel: Arc::clone(channel) }
+        Self {
+            channel: Arc::clone(channel),
+        }
     }
 }
 
@@ -73,12 +75,18 @@ impl Mechanism for Ioeventfd {
             }
         }
         let carrier = WithEventfds {
-            wire: WirePath::new(vm, &self.channel, placed, region.posted_writes && doorbells.is_empty()),
+            wire: WirePath::new(
+                vm,
+                &self.channel,
+                placed,
+                region.posted_writes && doorbells.is_empty(),
+            ),
             sinks: Mutex::new(sinks),
         };
         let mut assignment = Assignment::new(Self::NAME, carrier);
         if !doorbells.is_empty() {
-            let source = Eventfds::new(region.user_data, doorbells).map(DoorbellSource::Eventfds)
+            let source = Eventfds::new(region.user_data, doorbells)
+                .map(DoorbellSource::Eventfds)
                 .map_err(|error| region.error(RegionErrorKind::BadDescriptor(error)))?;
             assignment.sources.push(source);
         }

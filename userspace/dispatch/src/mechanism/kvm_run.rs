@@ -38,7 +38,10 @@ impl Mechanism for KvmRun {
     }
 
     fn assign(&self, _vm: &Arc<VmShared>, region: &Arc<Placed>) -> Result<Assignment, RegionError> {
-        let carrier = Inline { device: Arc::clone(&self.device), placed: Arc::clone(region) };
+        let carrier = Inline {
+            device: Arc::clone(&self.device),
+            placed: Arc::clone(region),
+        };
         Ok(Assignment::new(Self::NAME, carrier))
     }
 }
@@ -50,7 +53,9 @@ struct Inline {
 
 impl std::fmt::Debug for Inline {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Inline").field("placed", &self.placed).finish_non_exhaustive()
+        f.debug_struct("Inline")
+            .field("placed", &self.placed)
+            .finish_non_exhaustive()
     }
 }
 
@@ -63,7 +68,11 @@ impl Inline {
         }
         let region = &self.placed.region;
         let offset = access.addr - region.base;
-        let here = Access { user_data: region.user_data, offset, size: access.size };
+        let here = Access {
+            user_data: region.user_data,
+            offset,
+            size: access.size,
+        };
         let Some(data) = access.write else {
             return Some(device.read(here));
         };

@@ -76,7 +76,12 @@ pub struct Assignment {
 
 impl Assignment {
     pub(crate) fn new(mechanism: &'static str, carrier: impl Carrier + 'static) -> Self {
-        Self { carrier: Box::new(carrier), sources: Vec::new(), mechanism, reason: String::new() }
+        Self {
+            carrier: Box::new(carrier),
+            sources: Vec::new(),
+            mechanism,
+            reason: String::new(),
+        }
     }
 }
 
@@ -93,13 +98,21 @@ pub struct Placed {
 impl Placed {
     pub(crate) fn new(id: RegionId, region: Region) -> Self {
         let index = DoorbellIndex::new(&region.doorbells);
-        Self { id, region, index, live: AtomicBool::new(true) }
+        Self {
+            id,
+            region,
+            index,
+            live: AtomicBool::new(true),
+        }
     }
 
     /// The doorbell that a write to the region rings, with its index.
     pub(crate) fn doorbell(&self, addr: u64, size: Size, data: u64) -> Option<(u32, &Doorbell)> {
         let index = self.index.find(addr - self.region.base, size, data)?;
-        self.region.doorbells.get(index as usize).map(|doorbell| (index, doorbell))
+        self.region
+            .doorbells
+            .get(index as usize)
+            .map(|doorbell| (index, doorbell))
     }
 
     pub(crate) fn is_live(&self) -> bool {

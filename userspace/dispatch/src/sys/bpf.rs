@@ -33,15 +33,27 @@ fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
     // SAFETY: `attr` is laid out as the command wants it; the callers below pass no pointers in
     // it but null and that of a key that they keep alive.
     let ret = unsafe {
-        libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>())
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            std::ptr::from_mut(attr),
+            size_of::<T>(),
+        )
     };
-    if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(ret) }
+    if ret < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(ret)
+    }
 }
 
 /// Runs a raw tracepoint program, without arguments, on the calling thread.
 pub(crate) fn test_run(program: BorrowedFd<'_>) -> io::Result<u32> {
     let prog_fd = program.as_raw_fd().cast_unsigned();
-    let mut attr = TestRun { prog_fd, ..Default::default() };
+    let mut attr = TestRun {
+        prog_fd,
+        ..Default::default()
+    };
     bpf(BPF_PROG_TEST_RUN, &mut attr)?;
     Ok(attr.retval)
 }

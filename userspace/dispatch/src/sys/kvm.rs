@@ -3,14 +3,14 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
+use ioregion_abi::Bus;
 use ioregion_abi::kvm::{KVM_IOEVENTFD, KVM_SET_IOREGION, KvmIoregion};
 use kvm_bindings::{
     kvm_coalesced_mmio_zone, kvm_coalesced_mmio_zone__bindgen_ty_1 as ZoneBus, kvm_ioeventfd,
-    kvm_ioeventfd_flag_nr_datamatch as FLAG_DATAMATCH, kvm_ioeventfd_flag_nr_deassign as FLAG_DEASSIGN,
-    kvm_ioeventfd_flag_nr_pio as FLAG_PIO,
+    kvm_ioeventfd_flag_nr_datamatch as FLAG_DATAMATCH,
+    kvm_ioeventfd_flag_nr_deassign as FLAG_DEASSIGN, kvm_ioeventfd_flag_nr_pio as FLAG_PIO,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
-use ioregion_abi::Bus;
 use nix::sys::signal::SigSet;
 
 /// `_IOW(KVMIO, 0x67, struct kvm_coalesced_mmio_zone)`
@@ -65,8 +65,16 @@ pub(crate) fn ioeventfd(
 /// KVM waits so when it takes something off its I/O bus; here that is an ioeventfd at an address
 /// that no guest reaches.
 pub(crate) fn synchronize(vm: &VmFd) -> io::Result<()> {
-    let eventfd = nix::sys::eventfd::EventFd::from_value_and_flags(0, nix::sys::eventfd::EfdFlags::EFD_CLOEXEC)?;
-    let what = Ioeventfd { bus: Bus::Mmio, addr: u64::MAX - 15, bytes: 8, datamatch: Some(!0) };
+    let eventfd = nix::sys::eventfd::EventFd::from_value_and_flags(
+        0,
+        nix::sys::eventfd::EfdFlags::EFD_CLOEXEC,
+    )?;
+    let what = Ioeventfd {
+        bus: Bus::Mmio,
+        addr: u64::MAX - 15,
+        bytes: 8,
+        datamatch: Some(!0),
+    };
     ioeventfd(vm, &what, eventfd.as_fd(), false)?;
     ioeventfd(vm, &what, eventfd.as_fd(), true)
 }
@@ -82,9 +90,15 @@ pub(crate) fn coalesced_zone(
     let zone = kvm_coalesced_mmio_zone {
         addr,
         size,
-        __bindgen_anon_1: ZoneBus { pio: u32::from(bus == Bus::Pio) },
+        __bindgen_anon_1: ZoneBus {
+            pio: u32::from(bus == Bus::Pio),
+        },
     };
-    let request = if remove { KVM_UNREGISTER_COALESCED_MMIO } else { KVM_REGISTER_COALESCED_MMIO };
+    let request = if remove {
+        KVM_UNREGISTER_COALESCED_MMIO
+    } else {
+        KVM_REGISTER_COALESCED_MMIO
+    };
     // SAFETY: Both request numbers belong to this struct, which KVM only reads.
     check(unsafe { libc::ioctl(vm.as_raw_fd(), request, &raw const zone) })
 }
@@ -96,7 +110,10 @@ pub(crate) fn set_signal_mask(vcpu: &VcpuFd, mask: &SigSet) -> io::Result<()> {
         len: u32,
         bits: [u8; 8],
     }
-    let mut request = SignalMask { len: 8, bits: [0; 8] };
+    let mut request = SignalMask {
+        len: 8,
+        bits: [0; 8],
+    };
     // SAFETY: The kernel's signal set is the first 8 bytes of libc's.
     let bits = unsafe { std::ptr::from_ref(mask.as_ref()).cast::<[u8; 8]>().read() };
     request.bits = bits;
@@ -107,7 +124,12 @@ pub(crate) fn set_signal_mask(vcpu: &VcpuFd, mask: &SigSet) -> io::Result<()> {
 /// Whether this kernel knows `KVM_SET_IOREGION`: flags that no revision defines must be refused
 /// with `EINVAL`, where other kernels answer `ENOTTY`.
 pub(crate) fn has_ioregion(vm: &VmFd) -> io::Result<bool> {
-    let request = KvmIoregion { flags: u32::MAX, read_fd: -1, write_fd: -1, ..Default::default() };
+    let request = KvmIoregion {
+        flags: u32::MAX,
+        read_fd: -1,
+        write_fd: -1,
+        ..Default::default()
+    };
     // SAFETY: The request number belongs to this struct, which KVM only reads.
     match check(unsafe { libc::ioctl(vm.as_raw_fd(), KVM_SET_IOREGION, &raw const request) }) {
         Ok(()) => Err(io::Error::other("KVM_SET_IOREGION accepts undefined flags")),
@@ -118,5 +140,9 @@ pub(crate) fn has_ioregion(vm: &VmFd) -> io::Result<bool> {
 }
 
 fn check(ret: libc::c_int) -> io::Result<()> {
-    if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if ret < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }

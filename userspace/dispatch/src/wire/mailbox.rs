@@ -206,7 +206,10 @@ impl Mailbox {
     /// shares, a blocking one.
     fn consume_bell(&self) -> bool {
         let mut counter = 0_u64;
-        let part = libc::iovec { iov_base: (&raw mut counter).cast(), iov_len: 8 };
+        let part = libc::iovec {
+            iov_base: (&raw mut counter).cast(),
+            iov_len: 8,
+        };
         let fd = self.bell.as_raw_fd();
         // SAFETY: `part` describes `counter`, which outlives the call; an eventfd has no offset.
         unsafe { libc::preadv2(fd, &raw const part, 1, -1, libc::RWF_NOWAIT) == 8 }

@@ -9,8 +9,8 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 
 use nix::poll::PollFlags;
 
-pub mod mailbox;
 pub(crate) mod files;
+pub mod mailbox;
 
 pub use files::{Files, Socket};
 pub use mailbox::Mailbox;
