@@ -1,13 +1,20 @@
-//! `ioregion-bench`: reports what carrying a guest access costs.
+//! `ioregion-bench`: measures and reports what carrying a guest access costs.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use clap::{Parser, Subcommand};
+use clap::{ArgGroup, Args, Parser, Subcommand};
 use ioregion_bench::report::{self, Format};
-use ioregion_bench::results::Results;
+use ioregion_bench::results::{Mode, Results};
 use ioregion_bench::{plot, report::update_readme};
+
+mod doctor;
+mod floors;
+mod payload;
+mod run;
+mod scenarios;
 
 /// Measures what carrying one guest access costs, per mechanism.
 #[derive(Debug, Parser)]
@@ -19,6 +26,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Measure this host; writes results and plots, and prints the tables.
+    Run(RunArgs),
     /// Tables and plots of one or several results files.
     Report {
         /// Results files; absolute times of different files are never mixed.
@@ -34,10 +43,59 @@ enum Command {
         #[arg(long, value_name = "DIR")]
         plots: Option<PathBuf>,
     },
+    /// What this host offers, with the reason for each "no".
+    Doctor,
+    /// Serve a device handed over standard input.
+    #[command(hide = true)]
+    Device,
 }
 
-fn main() -> Result<()> {
-    match Cli::parse().command {
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("length"))]
+struct RunArgs {
+    /// Under two minutes (the default).
+    #[arg(long, group = "length")]
+    quick: bool,
+    /// All scenarios, as long as it takes.
+    #[arg(long, group = "length")]
+    full: bool,
+    /// Each mechanism for a moment; the figures mean nothing.
+    #[arg(long, group = "length")]
+    smoke: bool,
+    /// Only the scenario of this name, else those that contain it; may be given more than once.
+    #[arg(long, value_name = "TEXT")]
+    filter: Vec<String>,
+    /// Seed of the statistics.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Rounds; each measures every scenario once.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=4096))]
+    rounds: Option<u16>,
+    /// Exit with 1 where a claim does not hold or an access went wrong.
+    #[arg(long)]
+    check: bool,
+    /// Folder of results and plots.
+    #[arg(long, value_name = "DIR", default_value = "target/bench")]
+    out: PathBuf,
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_writer(io::stderr)
+        .init();
+    match execute(Cli::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn execute(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Run(args) => measure(args),
         Command::Report {
             files,
             markdown,
@@ -53,10 +111,7 @@ fn main() -> Result<()> {
             } else {
                 Format::Text
             };
-            let text = report::render(&runs, format);
-            io::stdout()
-                .write_all(text.as_bytes())
-                .context("report not printed")?;
+            print(&report::render(&runs, format))?;
             if let Some(readme) = readme {
                 update_readme(&readme, &runs).context("README not updated")?;
             }
@@ -65,7 +120,74 @@ fn main() -> Result<()> {
                     eprintln!("wrote {}", path.display());
                 }
             }
-            Ok(())
+            Ok(ExitCode::SUCCESS)
         }
+        Command::Doctor => {
+            print(&doctor::table().text())?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Device => run::device_process().map(|()| ExitCode::SUCCESS),
     }
+}
+
+fn measure(args: RunArgs) -> Result<ExitCode> {
+    let mode = match (args.smoke, args.full) {
+        (true, _) => Mode::Smoke,
+        (_, true) => Mode::Full,
+        _ => Mode::Quick,
+    };
+    let options = run::Options {
+        mode,
+        filter: args.filter,
+        seed: args.seed,
+        rounds: args.rounds.map(usize::from),
+        out: args.out,
+    };
+    let (results, files) = run::run(&options)?;
+    print(&report::render(
+        std::slice::from_ref(&results),
+        Format::Text,
+    ))?;
+    let names: Vec<_> = files
+        .iter()
+        .map(|file| file.display().to_string())
+        .collect();
+    print(&format!("\nresults and plots: {}\n", names.join(" ")))?;
+    let failures = failures(&results, mode, args.check);
+    for failure in &failures {
+        eprintln!("failed: {failure}");
+    }
+    Ok(if failures.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// What makes the run a failure: with `check`, each claim that was not shown to hold; in a smoke
+/// run, which shows that everything works, each row that could not be measured or went wrong.
+fn failures(results: &Results, mode: Mode, check: bool) -> Vec<String> {
+    let claims = results
+        .claims
+        .iter()
+        .filter(|claim| check && claim.bar.is_some() && claim.holds != Some(true));
+    let claims = claims.map(|claim| format!("claim {} ({})", claim.id, claim.note));
+    let is_row = |name: &str| scenarios::ROWS.iter().any(|row| row.name == name);
+    let rows = results
+        .mechanisms
+        .iter()
+        .filter(|m| mode == Mode::Smoke && !m.available && is_row(&m.name));
+    let rows = rows.map(|m| format!("{}: {}", m.name, m.reason));
+    let wrong = results
+        .scenarios
+        .iter()
+        .filter(|s| mode == Mode::Smoke && s.wrong() > 0);
+    let wrong = wrong.map(|s| format!("{}: {} accesses went wrong", s.name, s.wrong()));
+    claims.chain(rows).chain(wrong).collect()
+}
+
+fn print(text: &str) -> Result<()> {
+    io::stdout()
+        .write_all(text.as_bytes())
+        .context("report not printed")
 }

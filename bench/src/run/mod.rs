@@ -1,0 +1,412 @@
+//! A run of the benchmark: every row once per round, forwards and backwards in turn.
+
+mod figures;
+mod meter;
+mod rig;
+mod task;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use indicatif::{ProgressBar, ProgressStyle};
+use ioregion_bench::results::{
+    Host, Mechanism, Mode, Pinning, Provenance, Results, SCHEMA, Scenario,
+};
+use ioregion_bench::{claims, plot};
+use ioregion_dispatch::Program;
+use nix::sched::{CpuSet, sched_getaffinity};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, sigaction};
+use nix::unistd::Pid;
+
+use self::figures::Figures;
+use self::rig::Rig;
+use crate::payload::Measure;
+use crate::scenarios::{Carrier, Operation, Placement, ROWS, Row};
+use crate::{doctor, floors};
+
+pub(crate) use rig::Run;
+pub use task::device_process;
+pub(crate) use task::{Cost, pin};
+
+/// Descriptors for 10,000 plain ioeventfds, one on the VMM's and one on the device's side, and for
+/// all else.
+pub(crate) const DESCRIPTORS: u64 = 24_000;
+/// How many slots' time to wait after the program was loaded or unloaded: the kernel frees what it
+/// used for that in the background, which the next row would pay for.
+const SETTLE_SLOTS: u32 = 4;
+/// The nice value that comes before all others.
+const HIGHEST_PRIORITY: i32 = -20;
+/// Iterations that a timing buffer holds.
+const MOST: u32 = 200_000;
+
+/// What to run and where to put it.
+#[derive(Debug)]
+pub struct Options {
+    /// How thorough.
+    pub mode: Mode,
+    /// Only rows of these names, or whose names contain them; empty: all.
+    pub filter: Vec<String>,
+    /// Seed of the statistics.
+    pub seed: u64,
+    /// Rounds; by mode where not given.
+    pub rounds: Option<usize>,
+    /// Folder of the results.
+    pub out: PathBuf,
+}
+
+impl Options {
+    fn rounds(&self) -> usize {
+        self.rounds.unwrap_or(match self.mode {
+            Mode::Smoke => 6,
+            Mode::Quick => 8,
+            Mode::Full => 20,
+        })
+    }
+
+    /// Time for one row in one round.
+    fn slot(&self) -> Duration {
+        Duration::from_millis(match self.mode {
+            Mode::Smoke => 8,
+            Mode::Quick => 120,
+            Mode::Full => 800,
+        })
+    }
+}
+
+/// A row and what has been measured of it.
+struct Entry {
+    row: &'static Row,
+    figures: Figures,
+    /// Kept from round to round, where that disturbs nobody.
+    rigs: Vec<Rig>,
+    failed: Option<anyhow::Error>,
+}
+
+/// Measures, and writes the results and their plots.
+///
+/// # Errors
+///
+/// Only if nothing can be measured at all, or nothing written: a row that fails is listed among
+/// what is unavailable.
+pub fn run(options: &Options) -> Result<(Results, Vec<PathBuf>)> {
+    prepare()?;
+    let (rounds, slot) = (options.rounds(), options.slot());
+    let mut results = Results {
+        schema: SCHEMA,
+        host: Host::gather(),
+        provenance: Provenance::gather(options.mode, options.seed, rounds),
+        mechanisms: doctor::mechanisms(),
+        scenarios: Vec::new(),
+        ratios: Vec::new(),
+        claims: Vec::new(),
+    };
+    let cpus = Cpus::find()?;
+    pin(cpus.device)?;
+    let mut entries: Vec<Entry> = ROWS
+        .iter()
+        .filter(|row| row.is_in(options.mode))
+        .filter(|row| {
+            let parts = &options.filter;
+            parts.is_empty() || parts.iter().any(|part| picks(part, row.name))
+        })
+        .filter(|row| available(row, &results.mechanisms))
+        .map(Entry::new)
+        .collect();
+    let bar = ProgressBar::new((rounds * entries.len()) as u64).with_style(
+        ProgressStyle::with_template("{bar:30} {pos}/{len} {eta} {msg}")?,
+    );
+    let mut program = None;
+    for round in 0..rounds {
+        let mut order: Vec<usize> = (0..entries.len()).collect();
+        if round % 2 == 1 {
+            order.reverse();
+        }
+        for at in order {
+            if !entries[at].row.needs_program() && program.is_some() {
+                let with = entries.iter_mut().filter(|entry| entry.row.needs_program());
+                with.for_each(Entry::take_down);
+                program = None;
+                std::thread::sleep(slot * SETTLE_SLOTS);
+            } else if entries[at].row.needs_program() && program.is_none() {
+                program = Some(Program::load_default().context("loading the eBPF program")?);
+                std::thread::sleep(slot * SETTLE_SLOTS);
+            }
+            let entry = &mut entries[at];
+            bar.set_message(entry.row.name);
+            let had_failed = entry.failed.is_some();
+            entry.measure(program.as_ref(), &cpus, slot);
+            if let Some(error) = entry.failed.as_ref().filter(|_| !had_failed) {
+                bar.suspend(|| eprintln!("{}: {}", entry.row.name, reason(error)));
+            }
+            bar.inc(1);
+        }
+    }
+    bar.finish_and_clear();
+    for mut entry in entries {
+        entry.take_down();
+        match entry.failed {
+            None => results
+                .scenarios
+                .push(scenario(entry.row, &cpus, entry.figures, rounds)),
+            Some(error) => results.mechanisms.push(Mechanism {
+                name: entry.row.name.to_owned(),
+                available: false,
+                reason: reason(&error),
+            }),
+        }
+    }
+    drop(program);
+    claims::complete(&mut results);
+    let files = write(&results, options)?;
+    Ok((results, files))
+}
+
+/// Whether a filter picks a row: the one of that name if there is one, else all that contain it.
+fn picks(part: &str, name: &str) -> bool {
+    name == part || (name.contains(part) && ROWS.iter().all(|row| row.name != part))
+}
+
+/// The chain of causes, without those that the one before tells already, and what would help.
+fn reason(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text += if text.is_empty() { "" } else { ": " };
+            text += &cause;
+        }
+    }
+    if text.contains("os error 24") {
+        let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(_, hard)| hard);
+        text += &format!("; to enable: `ulimit -Hn {DESCRIPTORS}` (it is {limit})");
+    }
+    text
+}
+
+fn write(results: &Results, options: &Options) -> Result<Vec<PathBuf>> {
+    let date = results.provenance.date.replace(':', "");
+    let mut files = Vec::new();
+    for name in ["latest", &date] {
+        let path = options.out.join(format!("{name}.json"));
+        results.save(&path)?;
+        files.push(path);
+    }
+    let plots = plot::write_all(std::slice::from_ref(results), &options.out);
+    files.extend(plots.context("plots not written")?);
+    Ok(files)
+}
+
+/// Whether the row's mechanism is there; if not, the list says so by name.
+fn available(row: &Row, mechanisms: &[Mechanism]) -> bool {
+    let wanted = if row.needs_program() {
+        "ebpf"
+    } else {
+        row.carrier.name()
+    };
+    let found = mechanisms.iter().find(|mechanism| mechanism.name == wanted);
+    found.is_none_or(|mechanism| mechanism.available)
+}
+
+/// Where the threads run.
+struct Cpus {
+    vcpus: Vec<usize>,
+    device: Option<usize>,
+}
+
+impl Cpus {
+    /// The first CPU for the vCPU, the second for the device; a second vCPU shares the latter.
+    fn find() -> Result<Self> {
+        let set = sched_getaffinity(Pid::from_raw(0))?;
+        let mut cpus = (0..CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap_or(false));
+        let first = cpus.next().context("no CPU")?;
+        let second = cpus.next().unwrap_or(first);
+        Ok(Self {
+            vcpus: vec![first, second],
+            device: Some(second),
+        })
+    }
+
+    fn pinning(&self, row: &Row) -> Pinning {
+        Pinning {
+            vcpus: self
+                .vcpus
+                .iter()
+                .copied()
+                .take(row.vcpus as usize)
+                .collect(),
+            device: self.device,
+        }
+    }
+}
+
+/// Descriptors enough, a signal that interrupts without killing, and precedence over whatever else
+/// the machine does, so that it disturbs less; threads and processes started later inherit it.
+fn prepare() -> Result<()> {
+    // SAFETY: It takes no pointers.
+    if unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, HIGHEST_PRIORITY) } != 0 {
+        let error = std::io::Error::last_os_error();
+        tracing::warn!(%error, "measuring at ordinary priority, so expect more noise");
+    }
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    if soft < DESCRIPTORS
+        && setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, hard.max(DESCRIPTORS)).is_err()
+    {
+        // Not privileged: what there is, then; rows that need more say so.
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    }
+    extern "C" fn nothing(_: i32) {}
+    let action = SigAction::new(
+        SigHandler::Handler(nothing),
+        SaFlags::empty(),
+        SigSet::empty(),
+    );
+    // SAFETY: The handler does nothing.
+    unsafe { sigaction(rig::KICK, &action) }?;
+    Ok(())
+}
+
+impl Entry {
+    fn new(row: &'static Row) -> Self {
+        Self {
+            row,
+            figures: Figures::default(),
+            rigs: Vec::new(),
+            failed: None,
+        }
+    }
+
+    /// Takes down what stands.
+    fn take_down(&mut self) {
+        for rig in self.rigs.drain(..) {
+            if let Err(error) = rig.finish() {
+                self.failed.get_or_insert(error);
+            }
+        }
+    }
+
+    /// Measures the row once, unless that has failed before.
+    fn measure(&mut self, program: Option<&Arc<Program>>, cpus: &Cpus, slot: Duration) {
+        if self.failed.is_some() {
+            return;
+        }
+        let measured = if self.row.operation == Operation::RoundTrip {
+            self.measure_floor(cpus, slot)
+        } else {
+            self.measure_rigs(program, cpus, slot)
+        };
+        if let Err(error) = measured {
+            self.failed = Some(error);
+        }
+        if self.failed.is_some() || self.row.is_transient() {
+            self.take_down();
+        }
+    }
+
+    fn measure_floor(&mut self, cpus: &Cpus, slot: Duration) -> Result<()> {
+        let mut trips = floors::ping_pong(self.row.carrier, cpus.vcpus[0], cpus.vcpus[1], slot)?;
+        self.figures.add_plain(&trips);
+        trips.accesses = 0;
+        self.figures.add_round(&[trips]);
+        Ok(())
+    }
+
+    fn measure_rigs(
+        &mut self,
+        program: Option<&Arc<Program>>,
+        cpus: &Cpus,
+        slot: Duration,
+    ) -> Result<()> {
+        if self.rigs.is_empty() {
+            let began = Instant::now();
+            let pinning = cpus.pinning(self.row);
+            for _ in 0..self.row.vms {
+                self.rigs.push(Rig::new(self.row, &pinning, program)?);
+            }
+            tracing::debug!(row = self.row.name, took = ?began.elapsed(), "set up");
+        }
+        let share = slot / self.row.vms;
+        let mut timed = Vec::new();
+        for rig in &mut self.rigs {
+            if self.figures.cost_ns.is_none() {
+                let run = rig.run(Measure::Timed, 64)?;
+                self.figures.cost_ns = Some(run.wall.as_nanos() as f64 / 64.0);
+            }
+            // Warm up again: caches, and the scheduler's idea of who runs where.
+            rig.run(Measure::Plain, self.figures.iterations(share / 16, MOST))?;
+            let n = self
+                .figures
+                .iterations(share * 7 / 16, MOST)
+                .max(self.row.doorbells);
+            let run = rig.run(Measure::Timed, n)?;
+            self.figures.cost_ns = Some(run.wall.as_nanos() as f64 / f64::from(n));
+            timed.push(run);
+            let n = self
+                .figures
+                .iterations(share * 7 / 16, MOST)
+                .max(self.row.doorbells);
+            self.figures.add_plain(&rig.run(Measure::Plain, n)?);
+            if paces(self.row) {
+                let n = self.figures.iterations(share / 32, 400);
+                self.figures.add_latencies(&rig.latencies(n)?);
+            }
+            self.figures.add_wrong(rig.wrong()?);
+        }
+        self.figures.add_round(&timed);
+        Ok(())
+    }
+}
+
+/// Whether the time until the device sees a ring is measured.
+fn paces(row: &Row) -> bool {
+    row.operation == Operation::Posted
+        && row.vcpus == 1
+        && row.vms == 1
+        && !row.in_turn
+        && row.placement != Placement::Process
+        && !matches!(row.carrier, Carrier::RamStore | Carrier::SinkWithoutReader)
+}
+
+fn scenario(row: &Row, cpus: &Cpus, figures: Figures, rounds: usize) -> Scenario {
+    let guest = row.operation != Operation::RoundTrip;
+    let own_task = row.placement != Placement::Vcpu;
+    let ebpf = row.carrier == Carrier::Ebpf;
+    let sink = match row.sink {
+        ioregion_dispatch::Sink::Ioeventfd => "ioeventfd",
+        ioregion_dispatch::Sink::Coalesced => "coalesced",
+    };
+    let delivery = match row.delivery {
+        ioregion_dispatch::Delivery::Latest => "latest",
+        ioregion_dispatch::Delivery::Fifo => "fifo",
+    };
+    let transport = match row.carrier {
+        Carrier::Forward => Some(row.transport.name()),
+        Carrier::SocketpairPingPong => Some("stream"),
+        Carrier::EventfdPingPong | Carrier::Ioeventfd | Carrier::SinkWithoutReader => {
+            Some("eventfd")
+        }
+        _ => None,
+    };
+    let mut pinning = cpus.pinning(row);
+    if !own_task {
+        pinning.device = None;
+    }
+    let mut scenario = figures.finish(rounds);
+    scenario.name = row.name.to_owned();
+    scenario.mechanism = row.carrier.name().to_owned();
+    scenario.sink = ebpf.then(|| sink.to_owned());
+    scenario.transport = transport.map(str::to_owned);
+    scenario.wait = own_task.then(|| row.wait.name().to_owned());
+    scenario.operation = row.operation.name().to_owned();
+    scenario.placement = row.placement.name().to_owned();
+    scenario.vcpus = if guest { row.vcpus } else { 0 };
+    scenario.doorbells = if row.operation.rings() {
+        row.doorbells
+    } else {
+        0
+    };
+    scenario.delivery = ebpf.then(|| delivery.to_owned());
+    scenario.pinning = pinning;
+    scenario
+}
