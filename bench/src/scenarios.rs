@@ -346,6 +346,7 @@ const EBPF: Row = Row {
 const POLLED: Row = EBPF
     .coalesced(Delivery::Latest, Wake::Never)
     .wait(Wait::Poll);
+const SLOT_POLLED: Row = EBPF.wait(Wait::Poll);
 const ARMED: Row = EBPF.coalesced(Delivery::Latest, Wake::WhenArmed);
 const FIFO: Row = EBPF.coalesced(Delivery::Fifo, Wake::WhenArmed);
 
@@ -353,7 +354,6 @@ const FIFO: Row = EBPF.coalesced(Delivery::Fifo, Wake::WhenArmed);
 /// next to each other, or on both sides of that border: rounds go forwards and backwards in turn.
 pub const ROWS: &[Row] = &[
     FLOOR.posted("floor-ram-store").tier(Mode::Smoke),
-    SINK.posted("floor-sink-no-reader").tier(Mode::Smoke),
     EVENTFDS
         .named("floor-eventfd-pingpong", RoundTrip)
         .tier(Mode::Smoke),
@@ -363,26 +363,40 @@ pub const ROWS: &[Row] = &[
     KVM_RUN.posted("kvm-run/posted").tier(Mode::Smoke),
     KVM_RUN.named("kvm-run/write", Write),
     KVM_RUN.named("kvm-run/read", Read).tier(Mode::Smoke),
-    KVM_RUN.named("kvm-run/pio-out", PioOut),
-    KVM_RUN.named("kvm-run/pio-in", PioIn),
+    KVM_RUN.named("kvm-run/pio-out", PioOut).tier(Mode::Full),
+    KVM_RUN.named("kvm-run/pio-in", PioIn).tier(Mode::Full),
     STREAM.named("forward-stream/write", Write),
-    SEQPACKET.named("forward-seqpacket/write", Write),
-    PIPES.named("forward-pipes/write", Write),
-    MAILBOX.named("forward-mailbox/write", Write),
-    SPINNING.named("forward-mailbox-spin/write", Write),
+    SEQPACKET
+        .named("forward-seqpacket/write", Write)
+        .tier(Mode::Full),
+    PIPES.named("forward-pipes/write", Write).tier(Mode::Full),
+    MAILBOX
+        .named("forward-mailbox/write", Write)
+        .tier(Mode::Full),
+    SPINNING
+        .named("forward-mailbox-spin/write", Write)
+        .tier(Mode::Full),
     STREAM.named("forward-stream/read", Read).tier(Mode::Smoke),
     STREAM
         .named("forward-stream/read/process", Read)
         .in_process(),
-    SEQPACKET.named("forward-seqpacket/read", Read),
-    PIPES.named("forward-pipes/read", Read),
+    SEQPACKET
+        .named("forward-seqpacket/read", Read)
+        .tier(Mode::Full),
+    PIPES.named("forward-pipes/read", Read).tier(Mode::Full),
     MAILBOX.named("forward-mailbox/read", Read),
     SPINNING.named("forward-mailbox-spin/read", Read),
-    STREAM.named("forward-stream/mixed", Mixed),
-    IOEVENTFD.named("ioeventfd/mixed", Mixed),
+    STREAM.named("forward-stream/mixed", Mixed).tier(Mode::Full),
+    IOEVENTFD.named("ioeventfd/mixed", Mixed).tier(Mode::Full),
     IOEVENTFD.posted("ioeventfd/posted@1").doorbells(1),
-    IOEVENTFD.posted("ioeventfd/posted@10").doorbells(10),
-    IOEVENTFD.posted("ioeventfd/posted@100").doorbells(100),
+    IOEVENTFD
+        .posted("ioeventfd/posted@10")
+        .doorbells(10)
+        .tier(Mode::Full),
+    IOEVENTFD
+        .posted("ioeventfd/posted@100")
+        .doorbells(100)
+        .tier(Mode::Full),
     IOEVENTFD.posted("ioeventfd/posted@1000").doorbells(1_000),
     IOEVENTFD.posted("ioeventfd/posted@10000").doorbells(10_000),
     STREAM
@@ -390,7 +404,8 @@ pub const ROWS: &[Row] = &[
         .two_vcpus(Queues::Shared),
     STREAM
         .posted("forward-stream/posted/2vcpu-perqueue")
-        .two_vcpus(Queues::PerVcpu),
+        .two_vcpus(Queues::PerVcpu)
+        .tier(Mode::Full),
     IOEVENTFD
         .posted("ioeventfd/posted/2vcpu-shared")
         .two_vcpus(Queues::Shared),
@@ -406,8 +421,12 @@ pub const ROWS: &[Row] = &[
     KVM_RUN.posted("bystander/exit"),
     IOEVENTFD.posted("bystander/ioeventfd"),
     IOEVENTFD.posted("ioeventfd/posted").tier(Mode::Smoke),
+    SINK.posted("floor-sink-no-reader").tier(Mode::Smoke),
     // From here on the program is attached.
     EBPF.posted("ebpf-ioeventfd/posted").tier(Mode::Smoke),
+    SLOT_POLLED
+        .posted("ebpf-ioeventfd-polled/posted")
+        .tier(Mode::Smoke),
     POLLED
         .posted("ebpf-coalesced-polled/posted")
         .tier(Mode::Smoke),
@@ -428,24 +447,43 @@ pub const ROWS: &[Row] = &[
         .two_vcpus(Queues::Shared),
     EBPF.posted("ebpf-ioeventfd/posted/2vcpu-perqueue")
         .two_vcpus(Queues::PerVcpu),
-    EBPF.posted("ebpf-ioeventfd/posted@10").doorbells(10),
-    EBPF.posted("ebpf-ioeventfd/posted@100").doorbells(100),
-    EBPF.posted("ebpf-ioeventfd/posted@1000").doorbells(1_000),
-    EBPF.posted("ebpf-ioeventfd/posted@1").doorbells(1),
-    EBPF.posted("ebpf-ioeventfd/posted@10000").doorbells(10_000),
+    SLOT_POLLED
+        .posted("ebpf-ioeventfd-polled/posted@10")
+        .doorbells(10)
+        .tier(Mode::Full),
+    SLOT_POLLED
+        .posted("ebpf-ioeventfd-polled/posted@100")
+        .doorbells(100)
+        .tier(Mode::Full),
+    SLOT_POLLED
+        .posted("ebpf-ioeventfd-polled/posted@1000")
+        .doorbells(1_000),
+    SLOT_POLLED
+        .posted("ebpf-ioeventfd-polled/posted@1")
+        .doorbells(1),
+    SLOT_POLLED
+        .posted("ebpf-ioeventfd-polled/posted@10000")
+        .doorbells(10_000),
     POLLED
         .posted("ebpf-coalesced-polled/posted@10")
-        .doorbells(10),
+        .doorbells(10)
+        .tier(Mode::Full),
     POLLED
         .posted("ebpf-coalesced-polled/posted@100")
-        .doorbells(100),
+        .doorbells(100)
+        .tier(Mode::Full),
     POLLED
         .posted("ebpf-coalesced-polled/posted@1000")
-        .doorbells(1_000),
-    POLLED.posted("ebpf-coalesced-polled/posted@1").doorbells(1),
+        .doorbells(1_000)
+        .tier(Mode::Full),
+    POLLED
+        .posted("ebpf-coalesced-polled/posted@1")
+        .doorbells(1)
+        .tier(Mode::Full),
     POLLED
         .posted("ebpf-coalesced-polled/posted@10000")
-        .doorbells(10_000),
+        .doorbells(10_000)
+        .tier(Mode::Full),
 ];
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ const ROUNDS: usize = 9;
 pub(crate) fn results() -> Results {
     let mut scenarios: Vec<Scenario> = [
         ("floor-ram-store", 500.0),
-        ("floor-sink-no-reader", 2_500.0),
+        ("floor-sink-no-reader", 3_000.0),
         ("floor-eventfd-pingpong", 9_000.0),
         ("floor-socketpair-pingpong", 14_000.0),
         ("kvm-run/write", 9_000.0),
@@ -25,6 +25,7 @@ pub(crate) fn results() -> Results {
         ("bystander/exit+attached", 9_180.0),
         ("bystander/ioeventfd", 3_000.0),
         ("bystander/ioeventfd+attached", 3_120.0),
+        ("ebpf-ioeventfd-polled/posted", 3_150.0),
     ]
     .map(|(name, ns)| scenario(name, ns))
     .into();
@@ -54,7 +55,7 @@ pub(crate) fn results() -> Results {
             3_000.0 * factor * factor,
         ));
         scenarios.push(scenario(
-            &format!("ebpf-ioeventfd/posted@{n}"),
+            &format!("ebpf-ioeventfd-polled/posted@{n}"),
             3_150.0 * factor,
         ));
     }
@@ -114,6 +115,7 @@ pub(crate) fn scenario(name: &str, ns: f64) -> Scenario {
         Some("ioeventfd") => Some("ioeventfd"),
         Some("fifo") => Some("coalesced"),
         Some(d) if d.starts_with("coalesced") => Some("coalesced"),
+        Some(d) if d.starts_with("ioeventfd") => Some("ioeventfd"),
         _ => None,
     };
     let of = |factor: f64| (ns * factor) as u64;

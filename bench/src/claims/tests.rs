@@ -29,7 +29,7 @@ fn missed_bar_does_not_hold_and_keeps_its_figure() {
 #[test]
 fn noisy_claim_has_no_figure_and_no_verdict() {
     let mut r = results();
-    set(&mut r, "ebpf-ioeventfd/posted", |s| {
+    set(&mut r, "ebpf-ioeventfd-polled/posted", |s| {
         (0..)
             .zip(&mut s.round_means_ns)
             .for_each(|(i, ns)| *ns *= [0.4, 1.0, 2.5][i % 3]);
@@ -67,7 +67,7 @@ fn absent_scenario_is_not_measured_and_says_why() {
 #[test]
 fn figures_of_scenarios_with_wrong_values_are_withheld() {
     let mut r = results();
-    set(&mut r, "ioeventfd/posted", |s| s.duplicated = 2);
+    set(&mut r, "floor-sink-no-reader", |s| s.duplicated = 2);
     let c = claim_of(&r, "ebpf-ioeventfd-sink-vs-ioeventfd");
     assert!(
         c.value.is_none() && c.note.starts_with("withheld: 2 accesses"),
@@ -76,7 +76,7 @@ fn figures_of_scenarios_with_wrong_values_are_withheld() {
     );
     let c = claim_of(&r, "integrity");
     assert_eq!((c.value, c.holds), (Some(2.0), Some(false)));
-    assert_eq!(c.note, "in ioeventfd/posted");
+    assert_eq!(c.note, "in floor-sink-no-reader");
 }
 
 #[test]
@@ -100,12 +100,12 @@ fn exits_are_judged_by_the_worst_scenario_of_each_sink() {
     });
     assert_eq!(claim_of(&r, "ebpf-exits").holds, Some(true));
     assert_eq!(claim_of(&r, "ebpf-exits").value, Some(0.009));
-    set(&mut r, "ebpf-ioeventfd/posted@1000", |s| {
+    set(&mut r, "ebpf-ioeventfd-polled/posted@1000", |s| {
         s.exits_per_access = 1e-6
     });
     let c = claim_of(&r, "ebpf-exits-ioeventfd-sink");
     assert_eq!(c.holds, Some(false));
-    assert_eq!(c.note, "most: ebpf-ioeventfd/posted@1000");
+    assert_eq!(c.note, "most: ebpf-ioeventfd-polled/posted@1000");
     assert_eq!(claim_of(&r, "ebpf-exits-coalesced").holds, Some(true));
     assert_eq!(claim_of(&r, "ebpf-exits").holds, Some(false));
 }
@@ -127,7 +127,7 @@ fn bystander_cost_is_a_share_of_the_access_and_may_be_below_zero() {
 #[test]
 fn interval_that_crosses_the_bar_is_said() {
     let mut r = results();
-    set(&mut r, "ebpf-ioeventfd/posted", |s| {
+    set(&mut r, "ebpf-ioeventfd-polled/posted", |s| {
         (0..)
             .zip(&mut s.round_means_ns)
             .for_each(|(i, ns)| *ns *= [1.0, 1.02, 1.08][i % 3]);
@@ -151,7 +151,9 @@ fn bars_bind_in_their_direction() {
 #[test]
 fn unequal_rounds_are_not_paired() {
     let mut r = results();
-    set(&mut r, "ioeventfd/posted", |s| s.round_means_ns.truncate(3));
+    set(&mut r, "floor-sink-no-reader", |s| {
+        s.round_means_ns.truncate(3)
+    });
     assert!(
         claim_of(&r, "ebpf-ioeventfd-sink-vs-ioeventfd")
             .note

@@ -50,7 +50,7 @@ fn missed_bar_is_printed_as_miss() {
 fn noisy_and_absent_claims_say_so_instead_of_a_figure() {
     let mut r = results();
     r.scenarios.retain(|s| s.name != "forward-stream/posted");
-    set(&mut r, "ebpf-ioeventfd/posted@10000", |s| {
+    set(&mut r, "ebpf-ioeventfd-polled/posted@10000", |s| {
         (0..)
             .zip(&mut s.round_means_ns)
             .for_each(|(i, ns)| *ns *= [1.0, 3.0][i % 2]);
@@ -63,7 +63,7 @@ fn noisy_and_absent_claims_say_so_instead_of_a_figure() {
     );
     assert!(line(&text, "ebpf-10k-doorbells-vs-1").contains("no verdict  noisy: "));
     let ratios = text.split("Ratios of").nth(1).unwrap();
-    assert!(line(ratios, "ebpf-ioeventfd/posted@10000").contains("rounds would do"));
+    assert!(line(ratios, "ebpf-ioeventfd-polled/posted@10000").contains("rounds would do"));
 }
 
 #[test]

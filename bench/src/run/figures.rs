@@ -44,6 +44,20 @@ impl Default for Figures {
     }
 }
 
+/// Batches that a round's times are cut into.
+const BATCHES: usize = 16;
+
+/// The median of the means of consecutive batches: a mean (wake-ups that some of the accesses pay
+/// for count in it), but one that a few moments without the CPU, of milliseconds each, do not move.
+fn median_of_means(times: &[f64]) -> f64 {
+    let batch = times.len().div_ceil(BATCHES).max(1);
+    let means: Vec<f64> = times
+        .chunks(batch)
+        .map(|batch| batch.iter().sum::<f64>() / batch.len() as f64)
+        .collect();
+    ioregion_bench::stats::median(&means).unwrap_or(0.0)
+}
+
 impl Figures {
     /// How many iterations fill `time`.
     pub fn iterations(&self, time: Duration, most: u32) -> u32 {
@@ -53,14 +67,11 @@ impl Figures {
 
     /// A round's timed runs.
     pub fn add_round(&mut self, runs: &[Run]) {
-        let times = runs.iter().flat_map(|run| &run.timings);
-        let (mut sum, mut count) = (0.0, 0_u32);
-        for time in times {
+        let times: Vec<f64> = runs.iter().flat_map(|run| &run.timings).copied().collect();
+        for time in &times {
             self.times.saturating_record(time.round() as u64);
-            sum += time;
-            count += 1;
         }
-        self.round_means.push(sum / f64::from(count.max(1)));
+        self.round_means.push(median_of_means(&times));
         for run in runs {
             self.accesses += run.accesses;
             self.plain.exits += run.exits;

@@ -34,9 +34,9 @@ pub(crate) use task::{Cost, pin};
 /// Descriptors for 10,000 plain ioeventfds, one on the VMM's and one on the device's side, and for
 /// all else.
 pub(crate) const DESCRIPTORS: u64 = 24_000;
-/// How many slots' time to wait after the program was loaded or unloaded: the kernel frees what it
-/// used for that in the background, which the next row would pay for.
-const SETTLE_SLOTS: u32 = 4;
+/// How long to wait after the program was attached or detached: the kernel tidies up in the
+/// background, which the next row would pay for.
+const SETTLE: Duration = Duration::from_millis(400);
 /// The nice value that comes before all others.
 const HIGHEST_PRIORITY: i32 = -20;
 /// Iterations that a timing buffer holds.
@@ -61,7 +61,7 @@ impl Options {
     fn rounds(&self) -> usize {
         self.rounds.unwrap_or(match self.mode {
             Mode::Smoke => 6,
-            Mode::Quick => 8,
+            Mode::Quick => 18,
             Mode::Full => 20,
         })
     }
@@ -70,7 +70,7 @@ impl Options {
     fn slot(&self) -> Duration {
         Duration::from_millis(match self.mode {
             Mode::Smoke => 8,
-            Mode::Quick => 120,
+            Mode::Quick => 60,
             Mode::Full => 800,
         })
     }
@@ -118,21 +118,34 @@ pub fn run(options: &Options) -> Result<(Results, Vec<PathBuf>)> {
     let bar = ProgressBar::new((rounds * entries.len()) as u64).with_style(
         ProgressStyle::with_template("{bar:30} {pos}/{len} {eta} {msg}")?,
     );
-    let mut program = None;
+    // Loaded once, since that keeps the kernel busy for a while; attached for its own rows only.
+    let mut program: Option<Arc<Program>> = None;
+    let mut attached = false;
     for round in 0..rounds {
         let mut order: Vec<usize> = (0..entries.len()).collect();
         if round % 2 == 1 {
             order.reverse();
         }
         for at in order {
-            if !entries[at].row.needs_program() && program.is_some() {
-                let with = entries.iter_mut().filter(|entry| entry.row.needs_program());
-                with.for_each(Entry::take_down);
-                program = None;
-                std::thread::sleep(slot * SETTLE_SLOTS);
-            } else if entries[at].row.needs_program() && program.is_none() {
-                program = Some(Program::load_default().context("loading the eBPF program")?);
-                std::thread::sleep(slot * SETTLE_SLOTS);
+            let with = entries[at].row.needs_program();
+            if with != attached {
+                if with {
+                    match &program {
+                        Some(program) => program.set_attached(true)?,
+                        None => {
+                            program =
+                                Some(Program::load_default().context("loading the eBPF program")?)
+                        }
+                    }
+                } else {
+                    let with = entries.iter_mut().filter(|entry| entry.row.needs_program());
+                    with.for_each(Entry::take_down);
+                    program
+                        .as_ref()
+                        .map_or(Ok(()), |program| program.set_attached(false))?;
+                }
+                attached = with;
+                std::thread::sleep(SETTLE);
             }
             let entry = &mut entries[at];
             bar.set_message(entry.row.name);

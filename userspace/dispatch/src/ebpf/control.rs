@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
+use super::program::LoadError;
 use ioregion_abi::bpf::{MatchEntry, MatchKey, VcpuEntry, ZoneKey};
 
 /// The descriptors of a new port.
@@ -44,6 +45,10 @@ pub(crate) trait Control: Send + Sync + fmt::Debug {
     fn recursion_misses(&self) -> io::Result<u64>;
     /// Becomes ready when the holder is gone, and with it the program.
     fn hangup(&self) -> Option<BorrowedFd<'_>>;
+    /// Attaches or detaches the programs.
+    fn set_attached(&self, _attached: bool) -> Result<(), LoadError> {
+        Err(LoadError::Io(io::ErrorKind::Unsupported.into()))
+    }
     /// Prints what the program has logged.
     #[cfg(feature = "log")]
     fn flush_log(&self) {}

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, MapError};
+use aya::programs::raw_trace_point::RawTracePointLinkId;
 use aya::programs::{ProgramFd, RawTracePoint};
 use aya::{Ebpf, EbpfLoader};
 use aya_obj::generated::bpf_map_type::{BPF_MAP_TYPE_ARRAY, BPF_MAP_TYPE_RINGBUF};
@@ -32,7 +33,7 @@ pub(crate) struct Local {
     #[cfg(feature = "log")]
     logger: Option<Mutex<aya_log::EbpfLogger<&'static dyn log::Log>>>,
     // Holds the links: dropping it detaches the programs.
-    _ebpf: Ebpf,
+    ebpf: Mutex<(Ebpf, Vec<RawTracePointLinkId>)>,
 }
 
 struct Maps {
@@ -67,18 +68,16 @@ impl Local {
             .inspect_err(|error| tracing::debug!(%error, "the program was built without logging"))
             .ok()
             .map(Mutex::new);
-        let whoami = program(&mut ebpf, "whoami")?
-            .fd()?
-            .try_clone()
-            .map_err(LoadError::Io)?;
+        let whoami = program(&mut ebpf, "whoami")?;
+        whoami.load().map_err(LoadError::verify)?;
+        let whoami = whoami.fd()?.try_clone().map_err(LoadError::Io)?;
         let mut attached = Vec::new();
         for name in PROGRAMS {
             let program = program(&mut ebpf, name)?;
-            program
-                .attach(name)
-                .map_err(|error| LoadError::attach(name, error))?;
+            program.load().map_err(LoadError::verify)?;
             attached.push(program.fd()?.try_clone().map_err(LoadError::Io)?);
         }
+        let links = attach(&mut ebpf)?;
         let mut outer = Vec::new();
         let mut take = |name: &'static str| {
             let map = ebpf
@@ -125,7 +124,7 @@ impl Local {
             attached,
             #[cfg(feature = "log")]
             logger,
-            _ebpf: ebpf,
+            ebpf: Mutex::new((ebpf, links)),
         })
     }
 
@@ -138,9 +137,16 @@ fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut RawTrac
     let program = ebpf
         .program_mut(name)
         .ok_or(LoadError::Object { missing: name })?;
-    let program: &mut RawTracePoint = program.try_into()?;
-    program.load().map_err(LoadError::verify)?;
-    Ok(program)
+    Ok(program.try_into()?)
+}
+
+fn attach(ebpf: &mut Ebpf) -> Result<Vec<RawTracePointLinkId>, LoadError> {
+    let mut links = Vec::new();
+    for name in PROGRAMS {
+        let link = program(ebpf, name)?.attach(name);
+        links.push(link.map_err(|error| LoadError::attach(name, error))?);
+    }
+    Ok(links)
 }
 
 fn create(
@@ -302,6 +308,19 @@ impl Control for Local {
 
     fn hangup(&self) -> Option<BorrowedFd<'_>> {
         None
+    }
+
+    fn set_attached(&self, attached: bool) -> Result<(), LoadError> {
+        let mut held = self.ebpf.lock().unwrap_or_else(PoisonError::into_inner);
+        let (ebpf, links) = &mut *held;
+        if attached && links.is_empty() {
+            *links = attach(ebpf)?;
+        } else if !attached {
+            for (name, link) in PROGRAMS.into_iter().zip(links.drain(..)) {
+                program(ebpf, name)?.detach(link)?;
+            }
+        }
+        Ok(())
     }
 
     #[cfg(feature = "log")]

@@ -259,6 +259,17 @@ impl Program {
         self.control.flush_log();
     }
 
+    /// Takes the program off its tracepoints, or puts it back, for measuring what it costs while
+    /// no region uses it: doorbells that are rung meanwhile are swallowed and lost.
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError`]; a loader's program cannot be taken off.
+    #[doc(hidden)]
+    pub fn set_attached(&self, attached: bool) -> Result<(), LoadError> {
+        self.control.set_attached(attached)
+    }
+
     /// How often the kernel skipped the program because it was running already on that CPU:
     /// each may be a doorbell whose value was lost.
     ///
