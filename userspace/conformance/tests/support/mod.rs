@@ -10,8 +10,11 @@ use ioregion_abi::wire::Layout;
 use ioregion_conformance::{KINDS, Kind, Recorder, Rig, Task, mechanism};
 use ioregion_dispatch::mechanism::KvmRun;
 use ioregion_dispatch::server::{DeviceEnd, WaitPolicy};
+use ioregion_dispatch::wire::{Message, Try, Wire};
 use ioregion_dispatch::{Access, Channel, Device, Event, Exit, Kicker, RegionId, Ring, Vcpu};
-use ioregion_dispatch::{Program as Bpf, Region, Vm};
+use ioregion_dispatch::{Doorbell, Program as Bpf, Region, Size, Vm};
+use ioregion_microguest::MMIO_BASE;
+use nix::poll::{PollFd, PollTimeout, poll};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
 /// Every kind with a channel: `kvm-run` has no device task that could be slow or die.
@@ -283,5 +286,48 @@ impl Runner {
         drop(self.steps);
         let vcpu = self.joined.join().ok().flatten();
         vcpu.ok_or_else(|| anyhow::anyhow!("the vCPU thread panicked"))
+    }
+}
+
+/// Where the other region stands, which must not notice anything.
+pub const OTHER: u64 = MMIO_BASE + 0x1000;
+
+/// The region that a fault hits.
+pub fn region() -> Region {
+    Region::mmio(MMIO_BASE, 0x1000)
+        .user_data(7)
+        .doorbell(Doorbell::new(0x10, Size::B4))
+}
+
+/// The region next to it.
+pub fn other_region() -> Region {
+    Region::mmio(OTHER, 0x1000)
+        .user_data(8)
+        .doorbell(Doorbell::new(0x10, Size::B4))
+}
+
+/// A device whose reads can be foreseen.
+pub fn plain() -> Recorder {
+    Recorder::answering(|_, access| 0x5500 + access.offset)
+}
+
+/// Receives one message as a device does.
+pub fn recv(wire: &mut dyn Wire) -> Message {
+    loop {
+        match wire.try_recv() {
+            Ok(Try::Done(message)) => return message,
+            Ok(Try::WouldBlock) => {}
+            Err(error) => panic!("the device's end: {error}"),
+        }
+        if wire.prepare_sleep(false) {
+            let mut fds: Vec<_> = wire
+                .poll_fds(false)
+                .into_iter()
+                .flatten()
+                .map(|(fd, flags)| PollFd::new(fd, flags))
+                .collect();
+            let _ = poll(&mut fds, PollTimeout::NONE);
+        }
+        wire.finish_sleep();
     }
 }
