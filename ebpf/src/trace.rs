@@ -92,6 +92,9 @@ pub fn pio_out(ctx: &RawTracePointContext, port: u32, size: u32, count: u32, dat
 fn vcpu<'a>(ctx: &RawTracePointContext) -> Option<(u32, &'a mut VcpuRecord)> {
     // SAFETY: The entry is copied out at once; only the thread itself changes its entry.
     let entry = unsafe { VCPUS.get(ctx.pid()) }.copied()?;
+    if entry.process != 0 && entry.process != ctx.tgid() {
+        return None;
+    }
     let record = RECORDS.get_ptr_mut(entry.record)?;
     // SAFETY: Elements of an array map live as long as the map. Only the vCPU's thread runs
     // this code for this record, and it cannot be in the program twice.

@@ -26,6 +26,11 @@ pub struct VcpuEntry {
     pub vm: u32,
     /// Index of the vCPU's [`VcpuRecord`].
     pub record: u32,
+    /// The process that the thread must belong to; 0: any. Set by a loader, because a thread's
+    /// id may have become another process's.
+    pub process: u32,
+    /// Zero.
+    pub reserved: u32,
 }
 
 /// Key of the match table.
@@ -242,7 +247,7 @@ impl Trace {
 }
 
 const _: () = {
-    assert!(size_of::<VcpuEntry>() == 8);
+    assert!(size_of::<VcpuEntry>() == 16);
     assert!(size_of::<MatchKey>() == 24);
     assert!(size_of::<MatchEntry>() == 24);
     assert!(size_of::<ZoneKey>() == 16);

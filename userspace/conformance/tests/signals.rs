@@ -183,7 +183,7 @@ fn immediate_exit_returns_before_and_during_an_access() -> Result<()> {
         let runner = Runner::new(rig.vcpu(0, &program)?);
         let immediate = |value| {
             runner.with(move |vcpu| {
-                vcpu.fd_mut().set_kvm_immediate_exit(value);
+                vcpu.run_page().immediate_exit = value;
                 Ok(())
             });
         };

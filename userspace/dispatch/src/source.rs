@@ -99,6 +99,10 @@ impl DoorbellSource {
     }
 }
 
+/// What the VMM adds to a port's eventfd to wake its task for a doorbell that no sink has signalled.
+/// KVM adds 1 for each that one has; the two are told apart by their size.
+pub(crate) const NUDGE: u64 = 1 << 32;
+
 /// An eventfd that KVM signals for one doorbell.
 #[derive(Debug)]
 pub struct EventDoorbell {
@@ -354,7 +358,10 @@ impl Port {
         if let Some(eventfd) = &self.parts.eventfd {
             let mut counter = [0; 8];
             match nix::unistd::read(eventfd, &mut counter) {
-                Ok(_) => self.signals = self.signals.wrapping_add(u64::from_ne_bytes(counter)),
+                Ok(_) => {
+                    let signals = u64::from_ne_bytes(counter) % NUDGE;
+                    self.signals = self.signals.wrapping_add(signals);
+                }
                 Err(Errno::EAGAIN | Errno::EINTR) => {}
                 Err(errno) => return Err(errno.into()),
             }

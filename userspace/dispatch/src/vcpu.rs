@@ -8,7 +8,9 @@ use std::sync::Arc;
 use ioregion_abi::access::{value_from_bytes, value_to_bytes};
 use ioregion_abi::bpf::Fate;
 use ioregion_abi::{Bus, Size};
-use kvm_bindings::{KVM_EXIT_HLT, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN};
+use kvm_bindings::{
+    KVM_EXIT_HLT, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, kvm_run,
+};
 use kvm_ioctls::VcpuFd;
 use nix::sys::signal::SigSet;
 
@@ -36,7 +38,7 @@ pub enum Exit {
     Halt,
     /// The guest shut down or triple-faulted.
     Shutdown,
-    /// Another `KVM_EXIT_*` reason; [`Vcpu::fd_mut`] gives access to the details.
+    /// Another `KVM_EXIT_*` reason; [`Vcpu::run_page`] has the details.
     Other(u32),
 }
 
@@ -114,9 +116,10 @@ impl Vcpu {
         &self.fd
     }
 
-    /// The vCPU's descriptor, for registers and the details of [`Exit::Other`].
-    pub fn fd_mut(&mut self) -> &mut VcpuFd {
-        &mut self.fd
+    /// The page that KVM shares with user space, for the details of [`Exit::Other`] and for
+    /// `immediate_exit`.
+    pub fn run_page(&mut self) -> &mut kvm_run {
+        self.fd.get_kvm_run()
     }
 
     /// A handle by which other threads interrupt this vCPU.

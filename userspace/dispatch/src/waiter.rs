@@ -58,8 +58,7 @@ impl Bell {
 
     /// Interrupts `KVM_RUN` or a wait for a device.
     pub(crate) fn kick(&self, signal: libc::c_int) {
-        self.kicked.store(true, Ordering::SeqCst);
-        self.set_immediate_exit(1);
+        self.set_kicked(true);
         self.ring();
         let thread = self.thread.load(Ordering::SeqCst);
         if thread != 0 {
@@ -68,12 +67,18 @@ impl Bell {
         }
     }
 
-    fn set_immediate_exit(&self, value: u8) {
+    /// Sets both marks of a kick, or takes both back; false if there was nothing to take back.
+    /// Under one lock, so that the marks of a kick and of its acknowledgement do not mix.
+    fn set_kicked(&self, kicked: bool) -> bool {
         let page = self.run_page.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.kicked.swap(kicked, Ordering::SeqCst) && !kicked {
+            return false;
+        }
         if let Some(RunPage(byte)) = *page {
             // SAFETY: The pointer is there only while the page is mapped.
-            unsafe { byte.write_volatile(value) };
+            unsafe { byte.write_volatile(kicked.into()) };
         }
+        true
     }
 
     fn attach(&self, byte: NonNull<u8>) {
@@ -144,8 +149,7 @@ impl Waiter {
 
     /// Takes back a kick, once the caller has been told.
     pub(crate) fn acknowledge(&self) {
-        if self.bell.kicked.swap(false, Ordering::SeqCst) {
-            self.bell.set_immediate_exit(0);
+        if self.bell.set_kicked(false) {
             self.bell.clear();
         }
     }

@@ -55,6 +55,8 @@ struct Inner {
     helper_sleeps: bool,
     on_break: Vec<(u64, OnBreak)>,
     cause: Option<String>,
+    /// The wire keeps a part of a message that it has accepted.
+    unflushed: bool,
 }
 
 impl std::fmt::Debug for Channel {
@@ -115,6 +117,7 @@ impl Channel {
                 helper_sleeps: false,
                 on_break: Vec::new(),
                 cause: None,
+                unflushed: false,
             }),
         }
     }
@@ -195,9 +198,10 @@ impl Channel {
         live().then(|| inner.queue.push(new))
     }
 
-    /// Sends what can be sent without waiting. Returns how many requests are left to be sent by
-    /// whoever waits for [`send_fds`](Self::send_fds).
-    pub(crate) fn advance(&self) -> usize {
+    /// Sends what can be sent without waiting. Returns how many requests are left to be sent, and
+    /// the descriptors that tell when this can go on: none while a vCPU drives the wire, which
+    /// rings the helper when it leaves.
+    pub(crate) fn advance(&self) -> (usize, &[(RawFd, PollFlags)]) {
         let mut inner = self.lock();
         loop {
             // Where no vCPU drives the wire, a response that nobody fetches holds up the rest.
@@ -208,11 +212,12 @@ impl Channel {
             inner.step_or_break(alone, None);
             let backlog = inner.queue.backlog();
             if backlog == 0 || !alone {
-                return backlog;
+                return (backlog, &[]);
             }
+            let to_send = inner.wants_to_send();
             inner.helper_sleeps = true;
-            if inner.wire.prepare_sleep(true) {
-                return backlog;
+            if inner.wire.prepare_sleep(to_send) {
+                return (backlog, self.fds(to_send));
             }
         }
     }
@@ -224,9 +229,12 @@ impl Channel {
         }
     }
 
-    /// Descriptors that tell when [`advance`](Self::advance) can go on.
-    pub(crate) fn send_fds(&self) -> &[(RawFd, PollFlags)] {
-        &self.receive_or_send
+    fn fds(&self, to_send: bool) -> &[(RawFd, PollFlags)] {
+        if to_send {
+            &self.receive_or_send
+        } else {
+            &self.receive
+        }
     }
 
     /// Ends the requests of a region that goes away; see [`Queue::settle`].
@@ -288,16 +296,12 @@ impl Channel {
                     }
                     spin_until = None;
                 }
-                let to_send = inner.queue.to_send().is_some();
+                let to_send = inner.wants_to_send();
                 if !inner.wire.prepare_sleep(to_send) {
                     inner.wire.finish_sleep();
                     continue;
                 }
-                fds = if to_send {
-                    &self.receive_or_send
-                } else {
-                    &self.receive
-                };
+                fds = self.fds(to_send);
             }
             inner.arrive(ticket, &waiter.bell);
             drop(inner);
@@ -313,7 +317,9 @@ impl Channel {
                     return Ok(self.interrupted(ticket, waiter));
                 }
                 Err(error) => {
+                    // The request goes on all the same: making it anew would double it.
                     inner.leave(ticket);
+                    self.interrupted(ticket, waiter);
                     return Err(error);
                 }
             }
@@ -344,12 +350,18 @@ impl Inner {
     fn step(&mut self, receive: bool, by: Option<Ticket>) -> Result<bool, WireError> {
         let mut ended = false;
         let mut blocked = self.wire.try_flush()? == Try::WouldBlock;
+        self.unflushed = blocked;
         loop {
             while !blocked && let Some(message) = self.queue.to_send() {
                 blocked = self.wire.try_send(message)? == Try::WouldBlock;
-                if !blocked && let Some(ticket) = self.queue.sent() {
-                    self.ring(ticket, by);
-                    ended = true;
+                if !blocked {
+                    if let Some(ticket) = self.queue.sent() {
+                        self.ring(ticket, by);
+                        ended = true;
+                    }
+                    // A stream may have taken a part only.
+                    blocked = self.wire.try_flush()? == Try::WouldBlock;
+                    self.unflushed = blocked;
                 }
             }
             if ended || !receive {
@@ -425,21 +437,30 @@ impl Inner {
         }
     }
 
-    /// Hands the wire to the next thread.
+    /// Hands the wire to the next thread, unless another one has it. That it has been offered to
+    /// this one, which may not even know, does not matter: the next in line is told again.
     fn leave(&mut self, ticket: Ticket) {
         self.present.retain(|(present, _)| *present != ticket);
-        if self.driver.take_if(|driver| *driver == ticket).is_none() {
+        if self.driver.is_some_and(|driver| driver != ticket) {
             return;
         }
+        self.driver = None;
         if let Some((_, bell)) = self.present.front() {
             bell.ring();
-        } else if self.queue.to_send().is_some() {
-            self.step_or_break(false, Some(ticket));
-            if self.queue.backlog() > 0
-                && let Some(helper) = &self.helper
-            {
-                helper.ring();
-            }
+            return;
         }
+        if self.queue.to_send().is_some() {
+            self.step_or_break(false, Some(ticket));
+        }
+        if self.queue.backlog() > 0
+            && let Some(helper) = &self.helper
+        {
+            helper.ring();
+        }
+    }
+
+    /// Whether something waits for space on the wire: a request, or the rest of one.
+    fn wants_to_send(&self) -> bool {
+        self.unflushed || self.queue.to_send().is_some()
     }
 }

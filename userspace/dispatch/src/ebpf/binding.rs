@@ -90,6 +90,7 @@ impl Binding {
             let vcpu = VcpuEntry {
                 vm: bound.vm.vm(),
                 record: bound.record,
+                ..VcpuEntry::default()
             };
             program.bind(thread, bound.serial, vcpu)?;
             bound.thread = Some(thread);

@@ -21,12 +21,12 @@ pub(crate) struct PortFds {
 pub(crate) trait Control: Send + Sync + fmt::Debug {
     /// Makes the maps of a new port.
     fn create_port(&self, slots: u32) -> io::Result<PortFds>;
-    /// Frees a port. Its slots stay readable for whoever has them mapped.
-    fn remove_port(&self, port: u32) -> io::Result<()>;
     /// Adds entries to the match table; all or none.
     fn insert(&self, entries: &[(MatchKey, MatchEntry)]) -> io::Result<()>;
-    /// Removes entries from the match table.
-    fn remove(&self, keys: &[MatchKey]) -> io::Result<()>;
+    /// Removes entries from the match table and frees a port. Nothing is added meanwhile, and
+    /// no run of the program that has seen an entry is left when this returns. The port's slots
+    /// stay readable for whoever has them mapped.
+    fn retire(&self, keys: &[MatchKey], port: Option<u32>) -> io::Result<()>;
     /// Announces the writes to a granule to a port, or to none.
     fn set_zone(&self, granule: ZoneKey, port: Option<u32>) -> io::Result<()>;
     /// Says that a thread runs a vCPU from now on, or (`None`) no more.

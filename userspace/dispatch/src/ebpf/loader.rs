@@ -1,11 +1,12 @@
 //! The privileged side: holds a program for one unprivileged VMM and changes it on request.
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-use ioregion_abi::bpf::MAX_DOORBELLS;
+use ioregion_abi::bpf::{MAX_DOORBELLS, VcpuEntry};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
 use super::control::{Control, PortFds};
@@ -15,12 +16,14 @@ use super::protocol::{
     MAX_FRAME, MAX_SLOTS, Reply, Request, VERSION, unpack_entry, unpack_key, unpack_vcpu, zone,
 };
 use crate::frame::{self, FrameError};
+use crate::sys::pidfd;
 
 /// Serves one VMM until it hangs up: loads a program for it, hands over the descriptors of its
 /// maps, and registers vCPU threads and doorbells on request.
 ///
-/// A VMM can register only threads of the process that made the connection (`SO_PEERCRED`), so
-/// it can never watch another VMM's accesses. The links stay here: when this returns, or the
+/// A VMM can register only threads of the process that made the connection (`SO_PEERCRED`), and
+/// the program looks at a thread's process each time, so it can never watch another VMM's
+/// accesses. The caller must run in the initial PID namespace, whose ids the program sees. The links stay here: when this returns, or the
 /// process ends in whatever way, the program is gone.
 ///
 /// # Errors
@@ -41,7 +44,9 @@ pub fn serve_vmm(socket: &UnixStream, object: &[u8]) -> Result<(), LoadError> {
     let mut client = Client {
         program,
         pid: peer.pid(),
+        process: pidfd::open(peer.pid()).map_err(LoadError::Io)?,
         slots: 0,
+        records: HashSet::new(),
         ports: Vec::new(),
     };
     loop {
@@ -67,8 +72,10 @@ pub fn serve_vmm(socket: &UnixStream, object: &[u8]) -> Result<(), LoadError> {
 struct Client {
     program: Local,
     pid: i32,
+    process: OwnedFd,
     slots: u32,
     ports: Vec<(u32, u32)>,
+    records: HashSet<u32>,
 }
 
 impl Client {
@@ -100,12 +107,16 @@ impl Client {
                 self.ports.push((port, *slots));
                 return Ok((Reply::Number(port.into()), vec![map, controls, ringbuf]));
             }
-            Request::RemovePort { port } => {
-                let Some(at) = self.ports.iter().position(|(other, _)| other == port) else {
+            Request::Retire { keys, port } => {
+                let held = |port| self.ports.iter().position(|(other, _)| *other == port);
+                let at = port.map(held);
+                if at == Some(None) {
                     return errno(libc::ENOENT);
-                };
-                program.remove_port(*port)?;
-                self.slots -= self.ports.swap_remove(at).1;
+                }
+                program.retire(&keys.iter().map(unpack_key).collect::<Vec<_>>(), *port)?;
+                if let Some(at) = at.flatten() {
+                    self.slots -= self.ports.swap_remove(at).1;
+                }
             }
             Request::Insert(entries) => {
                 let entries: Vec<_> = entries
@@ -113,9 +124,6 @@ impl Client {
                     .map(|(key, entry)| (unpack_key(key), unpack_entry(entry)))
                     .collect();
                 program.insert(&entries)?;
-            }
-            Request::Remove(keys) => {
-                program.remove(&keys.iter().map(unpack_key).collect::<Vec<_>>())?;
             }
             Request::SetZone {
                 granule,
@@ -125,14 +133,29 @@ impl Client {
             } => program.set_zone(zone(*granule, *vm, *bus), *port)?,
             Request::Bind { thread, vcpu } => {
                 let task = PathBuf::from(format!("/proc/{}/task/{thread}", self.pid));
-                if vcpu.is_some() && !task.exists() {
+                // The process that connected must be alive: its id could be another's by now.
+                if vcpu.is_some() && (!task.exists() || pidfd::has_ended(&self.process)?) {
                     return errno(libc::EPERM);
                 }
-                program.bind(*thread, vcpu.as_ref().map(unpack_vcpu))?;
+                let process = self.pid.cast_unsigned();
+                let vcpu = vcpu.as_ref().map(|vcpu| VcpuEntry {
+                    process,
+                    ..unpack_vcpu(vcpu)
+                });
+                program.bind(*thread, vcpu)?;
             }
             Request::NewVm => return number(program.new_vm()?.into()),
-            Request::NewRecord => return number(program.new_record()?.into()),
-            Request::FreeRecord(record) => program.free_record(*record)?,
+            Request::NewRecord => {
+                let record = program.new_record()?;
+                self.records.insert(record);
+                return number(record.into());
+            }
+            Request::FreeRecord(record) => {
+                if !self.records.remove(record) {
+                    return errno(libc::ENOENT);
+                }
+                program.free_record(*record)?;
+            }
             Request::RecursionMisses => return number(program.recursion_misses()?),
         }
         Ok((Reply::Done, Vec::new()))

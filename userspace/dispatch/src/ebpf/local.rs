@@ -212,15 +212,6 @@ impl Control for Local {
         Ok(PortFds { port, ..fds })
     }
 
-    fn remove_port(&self, port: u32) -> io::Result<()> {
-        let mut maps = self.maps();
-        for outer in &maps.outer {
-            bpf::map_delete(outer.as_fd(), port)?;
-        }
-        maps.ports.give(port);
-        Ok(())
-    }
-
     fn insert(&self, entries: &[(MatchKey, MatchEntry)]) -> io::Result<()> {
         let mut maps = self.maps();
         for (at, (key, entry)) in entries.iter().enumerate() {
@@ -234,11 +225,19 @@ impl Control for Local {
         Ok(())
     }
 
-    fn remove(&self, keys: &[MatchKey]) -> io::Result<()> {
+    fn retire(&self, keys: &[MatchKey], port: Option<u32>) -> io::Result<()> {
+        // Under the lock: the kernel reuses an entry's memory for the next one at once, and a run
+        // of the program may still be looking at it. Deleting from an array of maps waits for all
+        // runs.
         let mut maps = self.maps();
         for key in keys {
             maps.doorbells.remove(key).or_else(absent).map_err(to_io)?;
         }
+        let Some(port) = port else { return Ok(()) };
+        for outer in &maps.outer {
+            bpf::map_delete(outer.as_fd(), port)?;
+        }
+        maps.ports.give(port);
         Ok(())
     }
 

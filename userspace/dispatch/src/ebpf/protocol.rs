@@ -20,11 +20,11 @@ pub(super) enum Request {
     CreatePort {
         slots: u32,
     },
-    RemovePort {
-        port: u32,
-    },
     Insert(Vec<(Key, Entry)>),
-    Remove(Vec<Key>),
+    Retire {
+        keys: Vec<Key>,
+        port: Option<u32>,
+    },
     SetZone {
         granule: u64,
         vm: u32,
@@ -86,7 +86,11 @@ pub(super) fn unpack_entry(&(mask, port, slot, flags): &Entry) -> MatchEntry {
 }
 
 pub(super) fn unpack_vcpu(&(vm, record): &(u32, u32)) -> VcpuEntry {
-    VcpuEntry { vm, record }
+    VcpuEntry {
+        vm,
+        record,
+        ..VcpuEntry::default()
+    }
 }
 
 pub(super) fn zone(granule: u64, vm: u32, bus: u32) -> ZoneKey {

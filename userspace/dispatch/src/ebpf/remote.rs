@@ -99,10 +99,6 @@ impl Control for Remote {
         })
     }
 
-    fn remove_port(&self, port: u32) -> io::Result<()> {
-        self.done(&Request::RemovePort { port })
-    }
-
     fn insert(&self, entries: &[(MatchKey, MatchEntry)]) -> io::Result<()> {
         let entries = entries
             .iter()
@@ -110,8 +106,9 @@ impl Control for Remote {
         self.done(&Request::Insert(entries.collect()))
     }
 
-    fn remove(&self, keys: &[MatchKey]) -> io::Result<()> {
-        self.done(&Request::Remove(keys.iter().map(pack_key).collect()))
+    fn retire(&self, keys: &[MatchKey], port: Option<u32>) -> io::Result<()> {
+        let keys = keys.iter().map(pack_key).collect();
+        self.done(&Request::Retire { keys, port })
     }
 
     fn set_zone(&self, granule: ZoneKey, port: Option<u32>) -> io::Result<()> {

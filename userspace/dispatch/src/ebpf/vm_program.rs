@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ioregion_abi::bpf::{
     CONTROL_ARM, MAX_VCPUS, MatchEntry, MatchKey, Slot, VcpuRecord, ZONE_GRANULE_SHIFT, ZoneKey,
@@ -30,6 +30,8 @@ use crate::waiter::Bell;
 /// How long the draining task sleeps while a write is between the program and the ring.
 const FIRST_NAP: Duration = Duration::from_micros(50);
 const LONGEST_NAP: Duration = Duration::from_millis(10);
+/// How long it believes in a write that does not come.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// The program's side of one virtual machine.
 #[derive(Debug)]
@@ -118,7 +120,7 @@ impl VmProgram {
             // It panicked only if a device did, on its own account.
             let _ = thread.join();
         }
-        if let Err(error) = self.control().remove_port(self.port) {
+        if let Err(error) = self.control().retire(&[], Some(self.port)) {
             tracing::warn!(%error, "cannot free a port");
         }
     }
@@ -214,7 +216,12 @@ impl VmProgram {
 
     /// An announced write came by another way than the ring.
     pub(crate) fn account(&self) {
-        self.accounted.fetch_add(1, Ordering::SeqCst);
+        // Never ahead: a write that the program missed was not announced, but comes.
+        let announced = self.announced();
+        let step = |accounted| (accounted < announced).then_some(accounted + 1);
+        let _ = self
+            .accounted
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, step);
     }
 
     pub(crate) fn counters(&self) -> ProgramCounters {
@@ -252,6 +259,7 @@ impl VmProgram {
             && let Some((_, doorbell)) = entry.placed.doorbell(write.addr, size, value)
             && doorbell.delivery == Delivery::Latest
             && doorbell.sink == Sink::Coalesced
+            && !self.is_gone()
         {
             // The program has put it in its slot.
             return;
@@ -301,6 +309,7 @@ impl VmProgram {
     fn drain_loop(&self, shared: &Weak<VmShared>) {
         let arm = self.controls.word(CONTROL_ARM as usize * 8);
         let mut nap = FIRST_NAP;
+        let mut expecting_since = None;
         let mut hangup = self.control().hangup().map(|fd| fd.as_raw_fd());
         while !self.stop.load(Ordering::SeqCst) {
             let Some(vm) = shared.upgrade() else { return };
@@ -311,20 +320,31 @@ impl VmProgram {
             ];
             // Not readable: that would be the answer to another thread's request.
             fds.extend(hangup.map(|fd| (fd, PollFlags::from_bits_retain(libc::POLLRDHUP))));
-            let backlog: Vec<_> = lock(&self.channels)
+            let mut is_backlog = false;
+            // Those with a backlog live until the poll is over, and their descriptors with them;
+            // the others must not: their device tasks wait to be told of the end.
+            let channels: Vec<_> = lock(&self.channels)
                 .iter()
                 .filter_map(Weak::upgrade)
-                .filter(|channel| channel.advance() > 0)
+                .filter(|channel| {
+                    let (backlog, wait_for) = channel.advance();
+                    fds.extend_from_slice(wait_for);
+                    is_backlog |= backlog > 0;
+                    backlog > 0
+                })
                 .collect();
-            for channel in &backlog {
-                fds.extend_from_slice(channel.send_fds());
-            }
             drop(vm);
             let timeout = if self.is_expecting() {
                 nap = (nap * 2).min(LONGEST_NAP);
+                let since = *expecting_since.get_or_insert_with(Instant::now);
+                if since.elapsed() > PATIENCE {
+                    // Another consumer took what was announced to us.
+                    self.accounted.fetch_max(self.announced(), Ordering::SeqCst);
+                }
                 Some(nap)
             } else {
                 nap = FIRST_NAP;
+                expecting_since = None;
                 arm.store(1, Ordering::SeqCst);
                 // Pairs with the barrier in the program between announcing and looking here.
                 fence(Ordering::SeqCst);
@@ -333,9 +353,10 @@ impl VmProgram {
                     continue;
                 }
                 // A channel may refuse on account of a peer that never reads; look again then.
-                (!backlog.is_empty()).then_some(Duration::from_millis(100))
+                is_backlog.then_some(Duration::from_millis(100))
             };
             let ready = poll(&fds, timeout);
+            drop(channels);
             arm.store(0, Ordering::SeqCst);
             self.bell.clear();
             self.wake.consume();

@@ -16,7 +16,7 @@ use crate::device::BusAccess;
 use crate::ebpf::{PortFds, TableEntry, VmProgram};
 use crate::error::{RegionError, RegionErrorKind as Kind};
 use crate::region::{Delivery, Doorbell, Region, Sink, Wake};
-use crate::source::{DoorbellSource, Port, PortParts, SlotDoorbell};
+use crate::source::{DoorbellSource, NUDGE, Port, PortParts, SlotDoorbell};
 use crate::sys::kvm;
 use crate::vm::VmShared;
 use crate::waiter::Waiter;
@@ -242,6 +242,7 @@ impl Parts {
     /// finds it in the vCPU's record.
     fn take_down(&mut self, vm: &VmFd) -> bool {
         let any = self.port.is_some();
+        let eventfd = self.eventfds.shared();
         self.eventfds.remove(vm);
         for (bus, (addr, len)) in self.zones.drain(..) {
             if let Err(error) = kvm::coalesced_zone(vm, bus, addr, len, true) {
@@ -253,13 +254,12 @@ impl Parts {
         }
         let keys = std::mem::take(&mut self.keys);
         let control = self.program.control();
-        let removed = control.remove(&keys).and_then(|()| {
-            self.port
-                .take()
-                .map_or(Ok(()), |port| control.remove_port(port))
-        });
-        if let Err(error) = removed {
+        if let Err(error) = control.retire(&keys, self.port.take()) {
             tracing::warn!(%error, "cannot take a region out of the program");
+        }
+        if let Some(eventfd) = eventfd {
+            // What was captured since the sinks went has woken nobody.
+            let _ = eventfd.write(NUDGE);
         }
         any
     }
@@ -352,7 +352,7 @@ impl Carrier for WithProgram {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .eventfds
-                .signal();
+                .nudge();
         }
     }
 

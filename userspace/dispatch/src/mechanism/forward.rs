@@ -131,7 +131,7 @@ impl Carrier for WirePath {
     fn replay(&self, access: &BusAccess) -> bool {
         let new = self.request(access, false, true);
         self.channel.request(new, || self.placed.is_live());
-        let backlog = self.channel.advance();
+        let (backlog, _) = self.channel.advance();
         if backlog > 0 {
             self.channel.call_helper();
         }

@@ -14,7 +14,7 @@ use crate::channel::Channel;
 use crate::device::BusAccess;
 use crate::error::{RegionError, RegionErrorKind};
 use crate::region::{Doorbell, Region};
-use crate::source::{DoorbellSource, EventDoorbell, Eventfds};
+use crate::source::{DoorbellSource, EventDoorbell, Eventfds, NUDGE};
 use crate::sys::kvm;
 use crate::vm::VmShared;
 use crate::waiter::Waiter;
@@ -74,22 +74,24 @@ impl Mechanism for Ioeventfd {
                 }
             }
         }
+        let posted = region.posted_writes && doorbells.is_empty();
+        let source = if doorbells.is_empty() {
+            None
+        } else {
+            match Eventfds::new(region.user_data, doorbells) {
+                Ok(source) => Some(DoorbellSource::Eventfds(source)),
+                Err(error) => {
+                    sinks.remove(vm.vm());
+                    return Err(region.error(RegionErrorKind::BadDescriptor(error)));
+                }
+            }
+        };
         let carrier = WithEventfds {
-            wire: WirePath::new(
-                vm,
-                &self.channel,
-                placed,
-                region.posted_writes && doorbells.is_empty(),
-            ),
+            wire: WirePath::new(vm, &self.channel, placed, posted),
             sinks: Mutex::new(sinks),
         };
         let mut assignment = Assignment::new(Self::NAME, carrier);
-        if !doorbells.is_empty() {
-            let source = Eventfds::new(region.user_data, doorbells)
-                .map(DoorbellSource::Eventfds)
-                .map_err(|error| region.error(RegionErrorKind::BadDescriptor(error)))?;
-            assignment.sources.push(source);
-        }
+        assignment.sources.extend(source);
         Ok(assignment)
     }
 }
@@ -133,11 +135,16 @@ impl EventfdSinks {
         self.0.is_empty()
     }
 
-    /// Signals in KVM's place, where all doorbells share one eventfd.
-    pub(crate) fn signal(&self) {
+    /// The eventfd that all doorbells share.
+    pub(crate) fn shared(&self) -> Option<Arc<EventFd>> {
+        self.0.first().map(|(_, eventfd)| Arc::clone(eventfd))
+    }
+
+    /// Wakes the task in KVM's place, where all doorbells share one eventfd.
+    pub(crate) fn nudge(&self) {
         if let Some((_, eventfd)) = self.0.first() {
             // Refused only by a full counter, which wakes as well.
-            let _ = eventfd.write(1);
+            let _ = eventfd.write(NUDGE);
         }
     }
 

@@ -3,3 +3,4 @@
 pub(crate) mod bpf;
 pub(crate) mod kvm;
 pub(crate) mod mmap;
+pub(crate) mod pidfd;
