@@ -165,18 +165,23 @@ fn measure(args: RunArgs) -> Result<ExitCode> {
 }
 
 /// What makes the run a failure: with `check`, each claim that was not shown to hold; in a smoke
-/// run, which shows that everything works, each row that could not be measured or went wrong.
+/// run, which shows that everything works, each row or mechanism that could
+/// not be measured or went wrong.
 fn failures(results: &Results, mode: Mode, check: bool) -> Vec<String> {
     let claims = results
         .claims
         .iter()
         .filter(|claim| check && claim.bar.is_some() && claim.holds != Some(true));
     let claims = claims.map(|claim| format!("claim {} ({})", claim.id, claim.note));
-    let is_row = |name: &str| scenarios::ROWS.iter().any(|row| row.name == name);
+    // Rows, and mechanisms that have rows: not `ioregionfd`.
+    let has_rows = |name: &str| {
+        let mut rows = scenarios::ROWS.iter();
+        rows.any(|row| row.name == name || row.carrier.name() == name)
+    };
     let rows = results
         .mechanisms
         .iter()
-        .filter(|m| mode == Mode::Smoke && !m.available && is_row(&m.name));
+        .filter(|m| mode == Mode::Smoke && !m.available && has_rows(&m.name));
     let rows = rows.map(|m| format!("{}: {}", m.name, m.reason));
     let wrong = results
         .scenarios

@@ -69,11 +69,16 @@ enum Task {
         args: Vec<String>,
     },
     /// Tables and plots from one or many result files
-    #[command(after_help = "Example:\n  cargo xtask report target/bench/latest.json")]
+    #[command(
+        after_help = "Example:\n  cargo xtask report target/bench/latest.json -- --plots target/bench"
+    )]
     Report {
         /// Result files (JSON)
         #[arg(required = true)]
         files: Vec<PathBuf>,
+        /// Further arguments for `ioregion-bench report`: --markdown, --plots DIR, --readme FILE
+        #[arg(last = true)]
+        args: Vec<String>,
     },
     /// What this host offers, with the reason for each "no"; installs nothing
     #[command(after_help = "Example:\n  cargo xtask doctor")]
@@ -131,13 +136,13 @@ fn run(cli: Cli) -> Result<()> {
                 .args(args)
                 .run()
         }
-        Task::Report { files } => {
+        Task::Report { files, args } => {
             // The benchmark program runs in the workspace: name the files from the root.
             let files: Vec<PathBuf> = files
                 .iter()
                 .map(std::path::absolute)
                 .collect::<std::io::Result<_>>()?;
-            bench_program(&root, "report").args(files).run()
+            bench_program(&root, "report").args(files).args(args).run()
         }
         Task::Doctor => {
             let host = Cmd::line("cargo run -q -p ioregion-bench -- doctor")

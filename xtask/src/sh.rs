@@ -110,6 +110,13 @@ impl Cmd {
     fn command(&self) -> Command {
         let mut command = Command::new(&self.program);
         command.args(&self.args);
+        // Programs look for the object near themselves, where it is not in that case.
+        if std::env::var_os("CARGO_TARGET_DIR").is_some()
+            && std::env::var_os("IOREGION_BPF_OBJECT").is_none()
+        {
+            let object = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bpf/ioregion.bpf.o");
+            command.env("IOREGION_BPF_OBJECT", object);
+        }
         for (name, value) in std::env::vars_os() {
             let (name, value) = (name.to_string_lossy(), value.to_string_lossy());
             if name == "LD_LIBRARY_PATH" {

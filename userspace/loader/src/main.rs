@@ -4,6 +4,7 @@ use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
@@ -29,7 +30,7 @@ struct Options {
     /// Permissions of the socket, in octal: who may connect.
     #[arg(long, default_value = "600", value_parser = octal)]
     mode: u32,
-    /// The eBPF object; default: the one that `cargo xtask build-ebpf` made.
+    /// The eBPF object; default: $IOREGION_BPF_OBJECT, else the one that `cargo xtask build-ebpf` made.
     #[arg(long)]
     object: Option<PathBuf>,
 }
@@ -41,11 +42,20 @@ fn octal(text: &str) -> Result<u32, String> {
     }
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .init();
-    let options = Options::parse();
+    match run(Options::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: Options) -> Result<()> {
     let path = match options.object {
         Some(path) => path,
         None => Program::find()?,

@@ -16,6 +16,9 @@ use super::remote::Remote;
 
 /// File name of the object that `cargo xtask build-ebpf` makes, below `target/`.
 const OBJECT: &str = "bpf/ioregion.bpf.o";
+/// Directories above the executable that are searched: `target/TRIPLE/release/deps` and its like.
+/// Not all, since anyone may create files in `/tmp`.
+const SEARCHED: usize = 4;
 /// Names another object file.
 const OBJECT_VARIABLE: &str = "IOREGION_BPF_OBJECT";
 
@@ -230,6 +233,7 @@ impl Program {
         let searched: Vec<_> = executable
             .ancestors()
             .skip(1)
+            .take(SEARCHED)
             .map(|dir| dir.join(OBJECT))
             .collect();
         let found = searched.iter().find(|path| Path::is_file(path)).cloned();
