@@ -280,6 +280,9 @@ fn storm_of_signals_loses_doubles_and_reorders_nothing() -> Result<()> {
                     // SAFETY: The thread is the one that waits for this one.
                     unsafe { libc::pthread_kill(thread, libc::SIGUSR1) };
                     sent += 1;
+                    // Some ten thousand a second. Without a pause a slow machine handles signals
+                    // and does nothing else.
+                    std::thread::sleep(Duration::from_micros(30));
                 }
                 sent
             });
