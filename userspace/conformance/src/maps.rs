@@ -189,7 +189,8 @@ pub fn registered_threads() -> Result<Vec<u32>> {
             continue;
         }
         let map = Map::open(fd)?;
-        if (map.kind, map.key_size, map.value_size) == (HASH, 4, 8) {
+        let value = size_of::<ioregion_abi::bpf::VcpuEntry>() as u32;
+        if (map.kind, map.key_size, map.value_size) == (HASH, 4, value) {
             threads.extend(map.keys()?);
         }
     }
