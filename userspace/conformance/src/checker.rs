@@ -42,18 +42,21 @@ pub enum Fault {
     },
 }
 
-/// Checks what the device of one region was told against what each vCPU did to it.
-#[must_use]
-pub fn check(expected: [&[Event]; 2], told: &[Told]) -> Vec<Fault> {
-    let latest: HashSet<u32> = expected
-        .iter()
-        .copied()
-        .flatten()
+/// The doorbells of which only the last value counts.
+fn latest(expected: [&[Event]; 2]) -> HashSet<u32> {
+    let events = expected.iter().copied().flatten();
+    events
         .filter_map(|event| match event {
             Event::Latest(index, _) => Some(*index),
             _ => None,
         })
-        .collect();
+        .collect()
+}
+
+/// Checks what the device of one region was told against what each vCPU did to it.
+#[must_use]
+pub fn check(expected: [&[Event]; 2], told: &[Told]) -> Vec<Fault> {
+    let latest = latest(expected);
     let is_ordered = |event: &Event| !matches!(event, Event::Latest(..));
     let mut faults = Vec::new();
     for (vcpu, expected) in expected.into_iter().enumerate() {
@@ -165,15 +168,7 @@ fn flushes(expected: [&[Event]; 2], told: &[Told], faults: &mut Vec<Fault>) {
     let mut left = expected.map(|events| events.iter());
     let mut due = [HashMap::<u32, u64>::new(), HashMap::new()];
     let mut rung = HashMap::<u32, u64>::new();
-    let latest = expected
-        .iter()
-        .copied()
-        .flatten()
-        .filter_map(|event| match event {
-            Event::Latest(index, _) => Some(*index),
-            _ => None,
-        })
-        .collect();
+    let latest = latest(expected);
     for told in told {
         let Some(came) = ordered(told, &latest) else {
             if let Told::Ring(ring) = told {

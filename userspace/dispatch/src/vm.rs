@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use ioregion_abi::{Bus, Size};
 use kvm_ioctls::VmFd;
@@ -164,11 +164,7 @@ impl Vm {
         mechanism: &dyn Mechanism,
     ) -> Result<Assigned, RegionError> {
         region.check()?;
-        let mut tables = self
-            .shared
-            .tables
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut tables = self.shared.tables_mut();
         let table = &mut tables[region.bus as usize];
         check_room(table, region)?;
         let (entry, assigned) = self.place(region, mechanism)?;
@@ -190,19 +186,9 @@ impl Vm {
         mechanism: &dyn Mechanism,
     ) -> Result<Assigned, RegionError> {
         region.check()?;
-        let mut tables = self
-            .shared
-            .tables
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
-        let table = &mut tables[region.bus as usize];
-        let old = find_exact(table, region)?;
+        let mut tables = self.shared.tables_mut();
         // KVM refuses a second ioeventfd with the same match, so the old one goes first.
-        self.shared.unsink(&old);
-        // What the ring still holds was written to the old region, which must be there for it.
-        self.shared.drain_ring(&tables);
-        tables[region.bus as usize].remove(&region.base);
-        old.carrier.retire(false);
+        self.shared.take_out(&mut tables, region, false)?;
         let (entry, assigned) = self.place(region, mechanism)?;
         tables[region.bus as usize].insert(region.base, entry);
         Ok(assigned)
@@ -215,18 +201,8 @@ impl Vm {
     ///
     /// `ENOENT` if there is no such region.
     pub fn remove(&self, region: &Region) -> Result<(), RegionError> {
-        let mut tables = self
-            .shared
-            .tables
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
-        let table = &mut tables[region.bus as usize];
-        let old = find_exact(table, region)?;
-        self.shared.unsink(&old);
-        self.shared.drain_ring(&tables);
-        tables[region.bus as usize].remove(&region.base);
-        old.carrier.retire(true);
-        Ok(())
+        self.shared
+            .take_out(&mut self.shared.tables_mut(), region, true)
     }
 
     fn place(
@@ -301,6 +277,26 @@ impl VmShared {
 
     pub(crate) fn tables(&self) -> RwLockReadGuard<'_, Tables> {
         self.tables.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tables_mut(&self) -> RwLockWriteGuard<'_, Tables> {
+        self.tables.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a region out of the kernel, then out of the tables, and retires it.
+    fn take_out(
+        &self,
+        tables: &mut Tables,
+        region: &Region,
+        abandon: bool,
+    ) -> Result<(), RegionError> {
+        let old = find_exact(&tables[region.bus as usize], region)?;
+        self.unsink(&old);
+        // What the ring still holds was written to the old region, which must be there for it.
+        self.drain_ring(tables);
+        tables[region.bus as usize].remove(&region.base);
+        old.carrier.retire(abandon);
+        Ok(())
     }
 
     /// The region that holds the whole access.
