@@ -1,4 +1,4 @@
-//! Delivery of one matched doorbell: slot, dirty bit, wake-up.
+//! Delivery of one matched doorbell: slot, change count, wake-up.
 
 use core::{
     arch::asm,
@@ -6,7 +6,7 @@ use core::{
 };
 
 use aya_ebpf::bindings::BPF_RB_FORCE_WAKEUP;
-use ioregion_abi::bpf::{CONTROL_ARM, CONTROL_DIRTY, Fate, MatchEntry, VcpuRecord};
+use ioregion_abi::bpf::{BLOCK_SLOTS, CONTROL_ARM, Fate, MatchEntry, Slot, SlotBlock, VcpuRecord};
 
 use crate::maps::{CONTROLS, SLOTS, WAKERS};
 
@@ -21,24 +21,6 @@ unsafe fn fetch_add(word: *mut u64, mut value: u64) -> u64 {
     unsafe {
         asm!(
             "{value} = atomic_fetch_add((u64 *)({word} + 0), {value})",
-            word = in(reg) word,
-            value = inout(reg) value,
-        );
-    }
-    value
-}
-
-/// Sets bits of a shared word and returns the old value; a full barrier.
-///
-/// # Safety
-///
-/// As for [`fetch_add`].
-#[inline(always)]
-unsafe fn fetch_or(word: *mut u64, mut value: u64) -> u64 {
-    // SAFETY: As for `fetch_add`.
-    unsafe {
-        asm!(
-            "{value} = atomic_fetch_or((u64 *)({word} + 0), {value})",
             word = in(reg) word,
             value = inout(reg) value,
         );
@@ -93,29 +75,24 @@ pub fn zone_write(port: u32, record: &mut VcpuRecord) -> Fate {
 
 #[inline(always)]
 fn store(entry: &MatchEntry, data: u64, record: &mut VcpuRecord) -> bool {
-    let Some(slot) = SLOTS.get_value_ptr_mut(entry.port, &entry.slot) else {
+    let Some(block) = block(entry.port, entry.block) else {
         record.misdirected += 1;
         return false;
     };
-    let word = CONTROL_DIRTY + entry.slot / 64;
-    let Some(dirty) = CONTROLS.get_value_ptr_mut(entry.port, &word) else {
+    if entry.slot >= BLOCK_SLOTS {
         record.misdirected += 1;
         return false;
-    };
-    let bit = 1 << (entry.slot % 64);
-    // SAFETY: `slot` is a live element: the maps of a port are never freed while the program can
-    // reach them. The value is one aligned word, so it is never seen torn; the atomic add orders
-    // it before the sequence, and the sequence before the dirty bit.
+    }
+    // SAFETY: `block` is a live element: the maps of a port are never freed while the program can
+    // reach them; the slot lies in it. The value is one aligned word, so it is never seen torn;
+    // the atomic adds order it before the sequence, and the sequence before the change.
     unsafe {
+        let slot = (&raw mut (*block).slots)
+            .cast::<Slot>()
+            .add(entry.slot as usize);
         write_volatile(&raw mut (*slot).value, data);
         fetch_add(&raw mut (*slot).sequence, 1);
-    }
-    // SAFETY: `dirty` is a live element. If the bit is seen set after the full barrier above,
-    // the task has not taken it yet and will read the new sequence when it does.
-    unsafe {
-        if read_volatile(dirty) & bit != 0 || fetch_or(dirty, bit) & bit != 0 {
-            record.overrun += 1;
-        }
+        fetch_add(&raw mut (*block).changes, 1);
     }
     true
 }
@@ -123,13 +100,18 @@ fn store(entry: &MatchEntry, data: u64, record: &mut VcpuRecord) -> bool {
 /// Slot 0 of a draining port counts the writes that are on their way into the coalesced ring.
 #[inline(always)]
 fn announce(port: u32, record: &mut VcpuRecord) -> bool {
-    let Some(slot) = SLOTS.get_value_ptr_mut(port, &0) else {
+    let Some(block) = block(port, 0) else {
         record.misdirected += 1;
         return false;
     };
     // SAFETY: As in `store`.
-    unsafe { fetch_add(&raw mut (*slot).sequence, 1) };
+    unsafe { fetch_add(&raw mut (*block).slots[0].sequence, 1) };
     true
+}
+
+#[inline(always)]
+fn block(port: u32, block: u32) -> Option<*mut SlotBlock> {
+    SLOTS.get_value_ptr_mut(port, &block)
 }
 
 #[inline(always)]

@@ -26,7 +26,7 @@ const PIO_OUT: u32 = 1;
 #[raw_tracepoint(tracepoint = "kvm_mmio")]
 pub fn kvm_mmio(ctx: RawTracePointContext) -> i32 {
     if ctx.arg::<u32>(0) == MMIO_WRITE {
-        trace::mmio_write(&ctx, ctx.arg(1), ctx.arg(2), ctx.arg(3));
+        trace::mmio_write(ctx.arg(1), ctx.arg(2), ctx.arg(3));
     }
     0
 }
@@ -35,7 +35,7 @@ pub fn kvm_mmio(ctx: RawTracePointContext) -> i32 {
 #[raw_tracepoint(tracepoint = "kvm_pio")]
 pub fn kvm_pio(ctx: RawTracePointContext) -> i32 {
     if ctx.arg::<u32>(0) == PIO_OUT {
-        trace::pio_out(&ctx, ctx.arg(1), ctx.arg(2), ctx.arg(3), ctx.arg(4));
+        trace::pio_out(ctx.arg(1), ctx.arg(2), ctx.arg(3), ctx.arg(4));
     }
     0
 }

@@ -1,108 +1,143 @@
 //! From a traced write to the pieces that KVM's bus will see, and each piece to its doorbell.
 
-use aya_ebpf::{EbpfContext as _, helpers::bpf_probe_read_kernel, programs::RawTracePointContext};
+use core::ffi::{c_long, c_void};
+
+use aya_ebpf::helpers::{bpf_get_current_pid_tgid, bpf_probe_read_kernel, generated::bpf_loop};
 use ioregion_abi::{
     Bus,
     access::CHUNK,
     bpf::{Fate, MAX_STRING, Trace, VcpuRecord, ZONE_GRANULE_SHIFT, ZoneKey},
+    bucket::{Look, ThreadBucket},
     matching,
 };
 
 use crate::{
     deliver,
-    maps::{Doorbells, RECORDS, VCPUS, ZONES},
+    maps::{Doorbells, RECORDS, THREADS, VCPUS, ZONES, process},
 };
 
-/// Longest access that an x86 instruction can make: 64 bytes (AVX-512), in pieces of eight.
-const MAX_CHUNKS: u64 = 8;
+/// A traced write, as KVM will cut it up.
+#[repr(C)]
+struct Write {
+    bus: Bus,
+    /// Length of each piece but the last.
+    step: u32,
+    /// From the address of one piece to that of the next.
+    stride: u32,
+    /// Length in bytes.
+    len: u32,
+    addr: u64,
+    /// The kernel's address of the value.
+    data: u64,
+    /// Index of the vCPU's record.
+    record: u32,
+    /// As in [`Trace`].
+    captured: u64,
+    announced: u64,
+}
 
 /// A write of `len` bytes on one page.
 #[inline(always)]
-pub fn mmio_write(ctx: &RawTracePointContext, len: u32, addr: u64, data: *const u8) {
-    let Some((vm, record)) = vcpu(ctx) else {
-        return;
-    };
-    let mut trace = Trace {
-        addr,
-        captured: 0,
-        announced: 0,
+pub fn mmio_write(len: u32, addr: u64, data: u64) {
+    let chunk = CHUNK as u32;
+    traced(
+        Bus::Mmio,
+        len.div_ceil(chunk),
+        chunk,
+        chunk,
         len,
-        what: Bus::Mmio as u32 | (CHUNK as u32) << 8,
-    };
-    for piece in 0..MAX_CHUNKS {
-        let at = piece * CHUNK;
-        if at >= len.into() {
-            break;
-        }
-        let left = u64::from(len) - at;
-        let bytes = if left > CHUNK { CHUNK } else { left } as u8;
-        handle(
-            ctx,
-            vm,
-            Bus::Mmio,
-            addr + at,
-            bytes,
-            data.wrapping_add(at as usize),
-            piece,
-            &mut trace,
-            record,
-        );
-    }
-    finish(trace, record);
+        addr,
+        data,
+    );
 }
 
 /// Output of `count` elements of `size` bytes to one port.
 #[inline(always)]
-pub fn pio_out(ctx: &RawTracePointContext, port: u32, size: u32, count: u32, data: *const u8) {
-    let Some((vm, record)) = vcpu(ctx) else {
-        return;
-    };
-    let mut trace = Trace {
-        addr: port.into(),
+pub fn pio_out(port: u32, size: u32, count: u32, data: u64) {
+    let len = size.wrapping_mul(count);
+    traced(Bus::Pio, count, size, 0, len, port.into(), data);
+}
+
+#[inline(always)]
+fn traced(bus: Bus, pieces: u32, step: u32, stride: u32, len: u32, addr: u64, data: u64) {
+    let Some(index) = vcpu() else { return };
+    let Some(record) = record(index) else { return };
+    let mut write = Write {
+        bus,
+        step,
+        stride,
+        len,
+        addr,
+        data,
+        record: index,
         captured: 0,
         announced: 0,
-        len: size.wrapping_mul(count),
-        what: Bus::Pio as u32 | size << 8,
     };
-    for piece in 0..MAX_STRING {
-        if piece >= count {
-            break;
+    if pieces == 1 {
+        piece(0, &mut write, record);
+    } else {
+        let looked_at = if pieces < MAX_STRING {
+            pieces
+        } else {
+            MAX_STRING
+        };
+        record.truncated += u64::from(pieces - looked_at);
+        // SAFETY: The callback has the signature that the helper calls it with, and `write`
+        // outlives the call.
+        unsafe {
+            let callback = nth_piece as *mut c_void;
+            bpf_loop(looked_at, callback, (&raw mut write).cast(), 0);
         }
-        let data = data.wrapping_add((piece * size) as usize);
-        handle(
-            ctx,
-            vm,
-            Bus::Pio,
-            port.into(),
-            size as u8,
-            data,
-            piece.into(),
-            &mut trace,
-            record,
-        );
     }
-    if count > MAX_STRING {
-        record.truncated += u64::from(count - MAX_STRING);
-    }
-    finish(trace, record);
+    finish(&write, record);
 }
 
-/// The calling thread's virtual machine and record, if the loader registered it.
+/// A piece of a write that has several: the body of the loop.
+extern "C" fn nth_piece(index: u32, write: *mut c_void) -> c_long {
+    // SAFETY: `traced` passes its own `Write`, which nobody else borrows meanwhile.
+    let write = unsafe { &mut *write.cast::<Write>() };
+    if let Some(record) = record(write.record) {
+        piece(index, write, record);
+    }
+    0
+}
+
+/// Index of the record of the vCPU that the calling thread runs, if the loader registered it.
+///
+/// Most threads of a host run no vCPU of ours: one look tells.
 #[inline(always)]
-fn vcpu<'a>(ctx: &RawTracePointContext) -> Option<(u32, &'a mut VcpuRecord)> {
-    // SAFETY: The entry is copied out at once; only the thread itself changes its entry.
-    let entry = unsafe { VCPUS.get(ctx.pid()) }.copied()?;
-    if entry.process != 0 && entry.process != ctx.tgid() {
+fn vcpu() -> Option<u32> {
+    let ids = bpf_get_current_pid_tgid();
+    let thread = ids as u32;
+    let record = match THREADS.get(ThreadBucket::of(thread))?.look(thread) {
+        Look::Here(record) => record,
+        Look::Absent => return None,
+        // SAFETY: Copied out at once; only the thread itself changes its entry.
+        Look::Crowded => unsafe { VCPUS.get(thread) }.copied()?,
+    };
+    if process() != 0 && process() != (ids >> 32) as u32 {
         return None;
     }
-    let record = RECORDS.get_ptr_mut(entry.record)?;
-    // SAFETY: Elements of an array map live as long as the map. Only the vCPU's thread runs
-    // this code for this record, and it cannot be in the program twice.
-    Some((entry.vm, unsafe { &mut *record }))
+    Some(record)
 }
 
 #[inline(always)]
-fn finish(trace: Trace, record: &mut VcpuRecord) {
+fn record<'a>(index: u32) -> Option<&'a mut VcpuRecord> {
+    let record = RECORDS.get_ptr_mut(index)?;
+    // SAFETY: Elements of an array map live as long as the map. Only the vCPU's thread runs
+    // this code for this record, and it cannot be in the program twice.
+    Some(unsafe { &mut *record })
+}
+
+#[inline(always)]
+fn finish(write: &Write, record: &mut VcpuRecord) {
+    let trace = Trace {
+        addr: write.addr,
+        captured: write.captured,
+        announced: write.announced,
+        len: write.len,
+        what: write.bus as u32 | write.step << 8,
+    };
     // Two places instead of an index: the verifier follows constant offsets.
     if record.writes & 1 == 0 {
         record.traces[0] = trace;
@@ -113,31 +148,23 @@ fn finish(trace: Trace, record: &mut VcpuRecord) {
 }
 
 #[inline(always)]
-#[expect(
-    clippy::too_many_arguments,
-    reason = "one call frame; a struct would be spilled"
-)]
-fn handle(
-    _ctx: &RawTracePointContext,
-    vm: u32,
-    bus: Bus,
-    addr: u64,
-    bytes: u8,
-    data: *const u8,
-    piece: u64,
-    trace: &mut Trace,
-    record: &mut VcpuRecord,
-) {
-    let bit = 1 << (piece & 63);
+fn piece(index: u32, write: &mut Write, record: &mut VcpuRecord) {
+    let (bit, vm, bus) = (1 << (index & 63), record.vm, write.bus);
+    let at = index.wrapping_mul(write.step);
+    let left = write.len.wrapping_sub(at);
+    let bytes = if left < write.step { left } else { write.step } as u8;
+    let addr = write
+        .addr
+        .wrapping_add(u64::from(index) * u64::from(write.stride));
     // No doorbell has another size than these; such a piece can still fall into a zone.
-    let data = value(bytes, data);
+    let data = value(bytes, write.data.wrapping_add(at.into()) as *const u8);
     let entry = data.and_then(|data| {
         matching::find(&Doorbells, vm, bus, addr, bytes, data).map(|entry| (entry, data))
     });
     let fate = if let Some((entry, data)) = entry {
         record.matched += 1;
         #[cfg(feature = "log")]
-        aya_log_ebpf::debug!(_ctx, "doorbell {:x} <- {:x}", addr, data);
+        aya_log_ebpf::debug!(&(), "doorbell {:x} <- {:x}", addr, data);
         deliver::doorbell(&entry, data, record)
     } else {
         record.unmatched += 1;
@@ -153,8 +180,8 @@ fn handle(
         }
     };
     match fate {
-        Fate::Captured => trace.captured |= bit,
-        Fate::Announced => trace.announced |= bit,
+        Fate::Captured => write.captured |= bit,
+        Fate::Announced => write.announced |= bit,
         Fate::Unseen => {}
     }
 }

@@ -1,7 +1,7 @@
 //! Keys and values of the eBPF program's maps.
 //!
-//! A *port* is where doorbells of one region arrive: a map of [`Slot`]s (the task may only read
-//! it), a map of control words (the task writes it) and a ring buffer that wakes the task. Each
+//! A *port* is where doorbells of one region arrive: a map of [`SlotBlock`]s (the task may only
+//! read it), a map of control words (the task writes it) and a ring buffer that wakes the task. Each
 //! port has maps of its own, held in arrays of maps, so that no device task ever sees another's.
 
 use crate::Bus;
@@ -17,21 +17,6 @@ pub const MAX_ZONE_GRANULES: u32 = 1 << 16;
 /// Most elements of one string output that the program looks at; more are counted as
 /// [`VcpuRecord::truncated`].
 pub const MAX_STRING: u32 = 64;
-
-/// Which vCPU a host thread runs: value of the map that is keyed by thread id.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[repr(C)]
-pub struct VcpuEntry {
-    /// The virtual machine, a number of the loader's.
-    pub vm: u32,
-    /// Index of the vCPU's [`VcpuRecord`].
-    pub record: u32,
-    /// The process that the thread must belong to; 0: any. Set by a loader, because a thread's
-    /// id may have become another process's.
-    pub process: u32,
-    /// Zero.
-    pub reserved: u32,
-}
 
 /// Key of the match table.
 ///
@@ -87,12 +72,12 @@ pub struct MatchEntry {
     pub mask: u64,
     /// The port where the doorbell arrives, or whose task is to be woken.
     pub port: u32,
-    /// The doorbell's slot in its port.
+    /// The block of the doorbell's slot in its port ([`SlotBlock::place`]).
+    pub block: u32,
+    /// The slot's place in that block.
     pub slot: u32,
     /// Bits below.
     pub flags: u32,
-    /// Zero.
-    pub reserved: u32,
 }
 
 impl MatchEntry {
@@ -138,16 +123,43 @@ pub struct Slot {
     pub sequence: u64,
 }
 
+/// Slots in a [`SlotBlock`].
+pub const BLOCK_SLOTS: u32 = 63;
+
+/// Element of a port's map of slots: slots, and how often any of them was written, so that a
+/// reader need not look at all.
+///
+/// What a doorbell changes lies together: with few doorbells on one cache line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub struct SlotBlock {
+    /// Changes (atomically) after each change of a slot's sequence.
+    pub changes: u64,
+    /// Zero.
+    pub reserved: u64,
+    /// The slots.
+    pub slots: [Slot; BLOCK_SLOTS as usize],
+}
+
+impl SlotBlock {
+    /// Number of blocks for `slots` slots.
+    #[must_use]
+    pub const fn count(slots: u32) -> u32 {
+        slots.div_ceil(BLOCK_SLOTS)
+    }
+
+    /// The block of a slot, and its place there.
+    #[must_use]
+    #[inline(always)]
+    pub const fn place(slot: u32) -> (u32, u32) {
+        (slot / BLOCK_SLOTS, slot % BLOCK_SLOTS)
+    }
+}
+
 /// Index of the control word that a task sets to 1 before it sleeps.
 pub const CONTROL_ARM: u32 = 0;
-/// Index of the first control word that marks changed slots, 64 slots a word.
-pub const CONTROL_DIRTY: u32 = 1;
-
-/// Number of control words that a port with `slots` slots needs.
-#[must_use]
-pub const fn control_words(slots: u32) -> u32 {
-    CONTROL_DIRTY + slots.div_ceil(64)
-}
+/// Number of control words of a port.
+pub const CONTROL_WORDS: u32 = 1;
 
 /// One traced write of a vCPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -165,7 +177,7 @@ pub struct Trace {
     pub what: u32,
 }
 
-/// What the program did for one vCPU. Only that vCPU's thread writes it (through the program).
+/// A vCPU, and what the program did for it. Only its thread writes it (through the program).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(C)]
 pub struct VcpuRecord {
@@ -180,8 +192,6 @@ pub struct VcpuRecord {
     pub matched: u64,
     /// Pieces that matched none.
     pub unmatched: u64,
-    /// Doorbells that were written again before the task took the first value.
-    pub overrun: u64,
     /// Wake-ups sent through the ring buffer.
     pub wakeups: u64,
     /// Wake-ups that the ring buffer refused (it had unread ones).
@@ -190,6 +200,10 @@ pub struct VcpuRecord {
     pub truncated: u64,
     /// Pieces whose slot or port was missing.
     pub misdirected: u64,
+    /// The virtual machine, a number of the loader's, who alone writes it.
+    pub vm: u32,
+    /// Zero.
+    pub reserved: u32,
 }
 
 /// What became of a traced piece before it exited to user space.
@@ -247,12 +261,13 @@ impl Trace {
 }
 
 const _: () = {
-    assert!(size_of::<VcpuEntry>() == 16);
     assert!(size_of::<MatchKey>() == 24);
     assert!(size_of::<MatchEntry>() == 24);
     assert!(size_of::<ZoneKey>() == 16);
     assert!(size_of::<Slot>() == 16);
     assert!(core::mem::offset_of!(Slot, sequence) == 8);
+    assert!(size_of::<SlotBlock>() == 1024);
+    assert!(core::mem::offset_of!(SlotBlock, slots) == 16);
     assert!(size_of::<Trace>() == 32);
     assert!(size_of::<VcpuRecord>() == 128);
 };
@@ -261,8 +276,6 @@ const _: () = {
 mod pod {
     // SAFETY: each type is `repr(C)`, made of integers only, without padding, so that each byte
     // string of its size is a value of it.
-    unsafe impl aya::Pod for super::VcpuEntry {}
-    // SAFETY: as above.
     unsafe impl aya::Pod for super::MatchKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::MatchEntry {}
@@ -343,6 +356,13 @@ mod tests {
         assert_eq!(record.fate(Bus::Pio, 0x3f8, 1, 0), Fate::Unseen);
         assert_eq!(record.fate(Bus::Pio, 0x3f8, 1, 1), Fate::Captured);
         assert_eq!(record.fate(Bus::Pio, 0x3f8, 1, 2), Fate::Unseen);
+    }
+
+    #[test]
+    fn every_slot_has_a_place_of_its_own() {
+        let mut places = (0..500).map(SlotBlock::place);
+        assert!(places.all(|(block, slot)| block < SlotBlock::count(500) && slot < BLOCK_SLOTS));
+        assert!((0..500).map(SlotBlock::place).is_sorted_by(|a, b| a < b));
     }
 
     #[test]

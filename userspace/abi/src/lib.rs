@@ -4,6 +4,7 @@
 //! * [`wire`]: the ioregionfd wire protocol, commands and responses.
 //! * [`kvm`]: the `KVM_SET_IOREGION` interface of the ioregionfd design.
 //! * [`bpf`]: keys and values of the eBPF program's maps.
+//! * [`bucket`]: what it looks at before it looks into its hash maps.
 //! * [`matching`]: the match rule, shared by the eBPF program and its user-space twin.
 //!
 //! The crate has no I/O and no `std`; the eBPF program is built from the same source.
@@ -14,6 +15,7 @@ extern crate std;
 
 pub mod access;
 pub mod bpf;
+pub mod bucket;
 pub mod kvm;
 pub mod matching;
 pub mod wire;

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use anyhow::{Context as _, Result};
+use ioregion_abi::bpf::MAX_VCPUS;
 
 /// `BPF_MAP_TYPE_HASH`
 pub const HASH: u32 = 1;
@@ -46,6 +47,8 @@ pub struct Map {
     pub key_size: u32,
     /// Bytes of a value.
     pub value_size: u32,
+    /// Room for elements.
+    pub entries: u32,
 }
 
 /// `union bpf_attr` for operations on elements.
@@ -82,6 +85,7 @@ impl Map {
             kind: field("map_type:")?,
             key_size: field("key_size:")?,
             value_size: field("value_size:")?,
+            entries: field("max_entries:")?,
         })
     }
 
@@ -189,8 +193,7 @@ pub fn registered_threads() -> Result<Vec<u32>> {
             continue;
         }
         let map = Map::open(fd)?;
-        let value = size_of::<ioregion_abi::bpf::VcpuEntry>() as u32;
-        if (map.kind, map.key_size, map.value_size) == (HASH, 4, value) {
+        if (map.kind, map.key_size, map.value_size, map.entries) == (HASH, 4, 4, MAX_VCPUS) {
             threads.extend(map.keys()?);
         }
     }

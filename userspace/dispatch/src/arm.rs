@@ -21,8 +21,6 @@ pub trait Word {
     fn swap(&self, value: u64, order: Ordering) -> u64;
     /// Adds to it; returns the old value.
     fn fetch_add(&self, value: u64, order: Ordering) -> u64;
-    /// Sets bits of it; returns the old value.
-    fn fetch_or(&self, value: u64, order: Ordering) -> u64;
     /// A fence among all words of this kind.
     fn fence(order: Ordering);
 }
@@ -39,9 +37,6 @@ impl Word for AtomicU64 {
     }
     fn fetch_add(&self, value: u64, order: Ordering) -> u64 {
         self.fetch_add(value, order)
-    }
-    fn fetch_or(&self, value: u64, order: Ordering) -> u64 {
-        self.fetch_or(value, order)
     }
     fn fence(order: Ordering) {
         fence(order);
@@ -76,26 +71,29 @@ pub fn take<W: Word>(word: &W, reasons: u64) -> bool {
     word.load(Ordering::Relaxed) & reasons != 0 && word.swap(0, Ordering::AcqRel) != 0
 }
 
-/// A doorbell writes its slot and marks it: the eBPF program's half, for tests and stand-ins.
+/// A doorbell writes its slot: the eBPF program's half, for tests and stand-ins.
 ///
-/// The value comes first, then the sequence, then the mark; [`take`] is next. Returns whether
-/// the slot was marked already (the reader has not seen the value before).
-pub fn publish<W: Word>(value: &W, sequence: &W, dirty: &W, bit: u64, data: u64) -> bool {
+/// The value comes first, then the slot's sequence, then the count of changes in the slot's
+/// block; [`take`] is next.
+pub fn publish<W: Word>(value: &W, sequence: &W, changes: &W, data: u64) {
     value.store(data, Ordering::Relaxed);
     sequence.fetch_add(1, Ordering::AcqRel);
-    W::fence(Ordering::SeqCst);
-    dirty.load(Ordering::Relaxed) & bit != 0 || dirty.fetch_or(bit, Ordering::AcqRel) & bit != 0
+    changes.fetch_add(1, Ordering::AcqRel);
 }
 
-/// Takes the marks of up to 64 slots; each marked slot is to be [`observe`]d then.
-pub fn collect<W: Word>(dirty: &W) -> u64 {
-    if dirty.load(Ordering::Relaxed) == 0 {
-        return 0;
+/// Whether a block has changed since its changes were `seen`; if so, each of its slots is to be
+/// [`observe`]d now.
+///
+/// The reader writes nothing, so doorbells and reader share no cache line that both change.
+pub fn collect<W: Word>(changes: &W, seen: &mut u64) -> bool {
+    let now = changes.load(Ordering::Relaxed);
+    if now == *seen {
+        return false;
     }
-    let marks = dirty.swap(0, Ordering::AcqRel);
-    // A producer that found its mark still set relies on the loads that follow.
-    W::fence(Ordering::SeqCst);
-    marks
+    // Whatever sequence was counted before that change is found by the loads that follow.
+    W::fence(Ordering::Acquire);
+    *seen = now;
+    true
 }
 
 /// Reads a slot: sequence and value. The value may be newer than the sequence, never older.

@@ -1,11 +1,12 @@
 //! Where a region's doorbells arrive on the device side.
 
 use std::io;
+use std::mem::offset_of;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ioregion_abi::Size;
-use ioregion_abi::bpf::{CONTROL_ARM, CONTROL_DIRTY, Slot, control_words};
+use ioregion_abi::bpf::{BLOCK_SLOTS, CONTROL_ARM, CONTROL_WORDS, Slot, SlotBlock};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -240,7 +241,7 @@ pub struct PortParts {
     pub user_data: u64,
     /// The doorbells; the place of each is the number of its slot.
     pub doorbells: Vec<SlotDoorbell>,
-    /// Map of [`Slot`]s, mapped read-only.
+    /// Map of [`SlotBlock`]s, mapped read-only.
     pub slots: OwnedFd,
     /// Map of control words, mapped writable.
     pub controls: OwnedFd,
@@ -259,6 +260,8 @@ pub struct Port {
     ring: Option<WakeRing>,
     /// The sequence last seen of each slot.
     seen: Vec<u64>,
+    /// The changes last seen of each block.
+    blocks: Vec<u64>,
     captured: u64,
     signals: u64,
 }
@@ -273,9 +276,10 @@ impl Port {
     pub fn new(parts: PortParts) -> io::Result<Self> {
         let count = parts.doorbells.len();
         check_count(count)?;
-        let slots = Mapping::new(parts.slots.as_fd(), 0, count * size_of::<Slot>(), false)?;
-        let words = control_words(count as u32) as usize;
-        let controls = Mapping::new(parts.controls.as_fd(), 0, words * 8, true)?;
+        let blocks = SlotBlock::count(count as u32) as usize;
+        let len = blocks * size_of::<SlotBlock>();
+        let slots = Mapping::new(parts.slots.as_fd(), 0, len, false)?;
+        let controls = Mapping::new(parts.controls.as_fd(), 0, CONTROL_WORDS as usize * 8, true)?;
         let ring = parts
             .ringbuf
             .as_ref()
@@ -290,6 +294,7 @@ impl Port {
             controls,
             ring,
             seen: vec![0; count],
+            blocks: vec![0; blocks],
             captured: 0,
             signals: 0,
             parts,
@@ -328,13 +333,11 @@ impl Port {
         self.controls.word(word as usize * 8)
     }
 
-    fn dirty_words(&self) -> impl Iterator<Item = &AtomicU64> {
-        (CONTROL_DIRTY..control_words(self.seen.len() as u32)).map(|word| self.control(word))
-    }
-
     fn has_news(&self) -> bool {
-        self.dirty_words()
-            .any(|word| word.load(Ordering::Relaxed) != 0)
+        (0..).zip(&self.blocks).any(|(block, seen)| {
+            let changes = self.slots.word(block * size_of::<SlotBlock>());
+            changes.load(Ordering::Relaxed) != *seen
+        })
     }
 
     fn arm(&self) -> bool {
@@ -373,27 +376,25 @@ impl Port {
         let Self {
             parts,
             slots,
-            controls,
             seen,
+            blocks,
             captured,
             ..
         } = self;
+        let places = seen
+            .chunks_mut(BLOCK_SLOTS as usize)
+            .zip(parts.doorbells.chunks(BLOCK_SLOTS as usize));
         let mut rings = 0;
-        for (word, range) in seen.chunks_mut(64).enumerate() {
-            let dirty = controls.word((CONTROL_DIRTY as usize + word) * 8);
-            let mut marks = arm::collect(dirty);
-            while marks != 0 {
-                let bit = marks.trailing_zeros() as usize;
-                marks &= marks - 1;
-                let place = word * 64 + bit;
-                let (Some(seen), Some(doorbell)) = (range.get_mut(bit), parts.doorbells.get(place))
-                else {
-                    continue;
-                };
-                let at = place * size_of::<Slot>();
+        for (block, (changes, (seen, doorbells))) in blocks.iter_mut().zip(places).enumerate() {
+            let base = block * size_of::<SlotBlock>();
+            if !arm::collect(slots.word(base), changes) {
+                continue;
+            }
+            let first = base + offset_of!(SlotBlock, slots);
+            for (place, (seen, doorbell)) in seen.iter_mut().zip(doorbells).enumerate() {
+                let at = first + place * size_of::<Slot>();
                 let (sequence, value) = arm::observe(slots.word(at), slots.word(at + 8));
                 let writes = sequence.wrapping_sub(*seen);
-                // The mark came after a write that was seen already.
                 if writes == 0 {
                     continue;
                 }

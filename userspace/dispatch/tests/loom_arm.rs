@@ -25,9 +25,6 @@ impl<const FENCED: bool> Word for Shared<FENCED> {
     fn fetch_add(&self, value: u64, order: Ordering) -> u64 {
         self.0.fetch_add(value, order)
     }
-    fn fetch_or(&self, value: u64, order: Ordering) -> u64 {
-        self.0.fetch_or(value, order)
-    }
     fn fence(order: Ordering) {
         if FENCED {
             fence(order);
@@ -39,31 +36,42 @@ impl<const FENCED: bool> Word for Shared<FENCED> {
 struct Port<const FENCED: bool> {
     value: Shared<FENCED>,
     sequence: Shared<FENCED>,
-    dirty: Shared<FENCED>,
+    changes: Shared<FENCED>,
     arm: Shared<FENCED>,
     /// Stands for the eventfd.
     signals: AtomicU64,
 }
 
+/// What the reader remembers.
+#[derive(Default)]
+struct Seen {
+    sequence: u64,
+    changes: u64,
+}
+
 impl<const FENCED: bool> Port<FENCED> {
     fn ring(&self, value: u64) {
-        arm::publish(&self.value, &self.sequence, &self.dirty, 1, value);
+        arm::publish(&self.value, &self.sequence, &self.changes, value);
         if arm::take(&self.arm, 1) {
             self.signals.fetch_add(1, Ordering::AcqRel);
         }
     }
 
-    fn drain(&self, seen: &mut u64) -> Option<u64> {
-        if arm::collect(&self.dirty) == 0 {
+    fn drain(&self, seen: &mut Seen) -> Option<u64> {
+        if !arm::collect(&self.changes, &mut seen.changes) {
             return None;
         }
         let (sequence, value) = arm::observe(&self.value, &self.sequence);
-        *seen = sequence;
+        seen.sequence = sequence;
         Some(value)
     }
 
-    fn prepare_sleep(&self) -> bool {
-        arm::arm(&self.arm, 1, || self.dirty.load(Ordering::Relaxed) != 0)
+    fn has_news(&self, seen: &Seen) -> bool {
+        self.changes.load(Ordering::Relaxed) != seen.changes
+    }
+
+    fn prepare_sleep(&self, seen: &Seen) -> bool {
+        arm::arm(&self.arm, 1, || self.has_news(seen))
     }
 }
 
@@ -81,10 +89,10 @@ fn sleeper<const FENCED: bool>(producers: u64, recheck: bool) {
                 thread::spawn(move || port.ring(value))
             })
             .collect();
-        let mut seen = 0;
+        let mut seen = Seen::default();
         port.drain(&mut seen);
         let asleep = if recheck {
-            port.prepare_sleep()
+            port.prepare_sleep(&seen)
         } else {
             port.arm.store(1, Ordering::Relaxed);
             Shared::<FENCED>::fence(Ordering::SeqCst);
@@ -93,12 +101,11 @@ fn sleeper<const FENCED: bool>(producers: u64, recheck: bool) {
         for thread in threads {
             thread.join().unwrap();
         }
-        let news = port.dirty.load(Ordering::Relaxed) != 0;
-        if asleep && news {
+        if asleep && port.has_news(&seen) {
             assert!(port.signals.load(Ordering::Acquire) > 0, "lost wake-up");
         }
         port.drain(&mut seen);
-        assert_eq!(seen, producers, "lost write");
+        assert_eq!(seen.sequence, producers, "lost write");
     });
 }
 
@@ -136,24 +143,23 @@ fn reader(ordered: bool) {
                         port.ring(value);
                     } else {
                         port.sequence.fetch_add(1, Ordering::AcqRel);
-                        port.dirty.fetch_or(1, Ordering::AcqRel);
+                        port.changes.fetch_add(1, Ordering::AcqRel);
                         port.value.store(value, Ordering::Relaxed);
                     }
                 }
             })
         };
-        let mut seen = 0;
+        let mut seen = Seen::default();
         for _ in 0..2 {
             if let Some(value) = port.drain(&mut seen) {
-                assert!(value >= seen, "old value");
+                assert!(value >= seen.sequence, "old value");
             }
         }
         producer.join().unwrap();
-        let mut last = seen;
-        if let Some(value) = port.drain(&mut last) {
+        if let Some(value) = port.drain(&mut seen) {
             assert_eq!(value, 2);
         }
-        assert_eq!(last, 2, "lost write");
+        assert_eq!(seen.sequence, 2, "lost write");
     });
 }
 
@@ -175,13 +181,13 @@ fn a_sleeper_with_two_reasons_is_woken_for_either() {
         let threads = [1, 2].map(|reason| {
             let port = Arc::clone(&port);
             thread::spawn(move || {
-                port.dirty.fetch_or(reason, Ordering::AcqRel);
+                port.changes.fetch_add(1, Ordering::AcqRel);
                 if arm::take(&port.arm, reason) {
                     port.signals.fetch_add(1, Ordering::AcqRel);
                 }
             })
         });
-        let asleep = arm::arm(&port.arm, 3, || port.dirty.load(Ordering::Relaxed) != 0);
+        let asleep = arm::arm(&port.arm, 3, || port.has_news(&Seen::default()));
         for thread in threads {
             thread.join().unwrap();
         }

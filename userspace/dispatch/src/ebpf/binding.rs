@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use ioregion_abi::Bus;
-use ioregion_abi::bpf::{Fate, VcpuEntry};
+use ioregion_abi::bpf::Fate;
 use kvm_ioctls::VcpuFd;
 
 use super::program::Program;
@@ -55,7 +55,7 @@ struct Bound {
 impl Binding {
     pub(crate) fn new(vm: Option<&Arc<VmProgram>>, vcpu: &VcpuFd) -> io::Result<Self> {
         let Some(vm) = vm else { return Ok(Self(None)) };
-        let record = vm.control().new_record()?;
+        let record = vm.control().new_record(vm.vm())?;
         vm.add_vcpu(vcpu, record)?;
         let serial = NEXT_SERIAL.fetch_add(1, Ordering::Relaxed);
         Ok(Self(Some(Bound {
@@ -87,12 +87,7 @@ impl Binding {
             }
             // First, because the old binding may be one of this same vCPU, which has been elsewhere.
             *current = None;
-            let vcpu = VcpuEntry {
-                vm: bound.vm.vm(),
-                record: bound.record,
-                ..VcpuEntry::default()
-            };
-            program.bind(thread, bound.serial, vcpu)?;
+            program.bind(thread, bound.serial, bound.record)?;
             bound.thread = Some(thread);
             let program = Arc::downgrade(program);
             *current = Some(OnThread {
@@ -134,12 +129,12 @@ impl Drop for Binding {
 }
 
 impl Program {
-    fn bind(&self, thread: u32, serial: u64, vcpu: VcpuEntry) -> io::Result<()> {
+    fn bind(&self, thread: u32, serial: u64, record: u32) -> io::Result<()> {
         let mut threads = self
             .threads()
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        self.control().bind(thread, Some(vcpu))?;
+        self.control().bind(thread, Some(record))?;
         threads.insert(thread, serial);
         Ok(())
     }

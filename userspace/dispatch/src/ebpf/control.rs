@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 use super::program::LoadError;
-use ioregion_abi::bpf::{MatchEntry, MatchKey, VcpuEntry, ZoneKey};
+use ioregion_abi::bpf::{MatchEntry, MatchKey, ZoneKey};
 
 /// The descriptors of a new port.
 #[derive(Debug)]
@@ -29,12 +29,12 @@ pub(crate) trait Control: Send + Sync + fmt::Debug {
     fn retire(&self, keys: &[MatchKey], port: Option<u32>) -> io::Result<()>;
     /// Announces the writes to a granule to a port, or to none.
     fn set_zone(&self, granule: ZoneKey, port: Option<u32>) -> io::Result<()>;
-    /// Says that a thread runs a vCPU from now on, or (`None`) no more.
-    fn bind(&self, thread: u32, vcpu: Option<VcpuEntry>) -> io::Result<()>;
+    /// Says that a thread runs the vCPU with this record from now on, or (`None`) no more.
+    fn bind(&self, thread: u32, record: Option<u32>) -> io::Result<()>;
     /// A number for a new virtual machine.
     fn new_vm(&self) -> io::Result<u32>;
-    /// The index of an unused vCPU record, zeroed.
-    fn new_record(&self) -> io::Result<u32>;
+    /// The index of an unused record, for a vCPU of a virtual machine.
+    fn new_record(&self, vm: u32) -> io::Result<u32>;
     /// Gives a record back.
     fn free_record(&self, record: u32) -> io::Result<()>;
     /// The map of vCPU records.

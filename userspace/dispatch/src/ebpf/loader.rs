@@ -6,14 +6,14 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-use ioregion_abi::bpf::{MAX_DOORBELLS, VcpuEntry};
+use ioregion_abi::bpf::MAX_DOORBELLS;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
 use super::control::{Control, PortFds};
 use super::local::Local;
 use super::program::LoadError;
 use super::protocol::{
-    MAX_FRAME, MAX_SLOTS, Reply, Request, VERSION, unpack_entry, unpack_key, unpack_vcpu, zone,
+    MAX_FRAME, MAX_SLOTS, Reply, Request, VERSION, unpack_entry, unpack_key, zone,
 };
 use crate::frame::{self, FrameError};
 use crate::sys::pidfd;
@@ -32,7 +32,8 @@ use crate::sys::pidfd;
 /// the client breaks the protocol.
 pub fn serve_vmm(socket: &UnixStream, object: &[u8]) -> Result<(), LoadError> {
     let peer = getsockopt(socket, PeerCredentials).map_err(|errno| LoadError::Io(errno.into()))?;
-    let program = Local::load(object, MAX_DOORBELLS).inspect_err(|error| {
+    let process = Some(peer.pid().cast_unsigned());
+    let program = Local::load(object, MAX_DOORBELLS, process).inspect_err(|error| {
         let errno = match error {
             LoadError::NotPermitted(_) => libc::EPERM,
             LoadError::NoTracepoint { .. } => libc::ENOENT,
@@ -131,22 +132,17 @@ impl Client {
                 bus,
                 port,
             } => program.set_zone(zone(*granule, *vm, *bus), *port)?,
-            Request::Bind { thread, vcpu } => {
+            Request::Bind { thread, record } => {
                 let task = PathBuf::from(format!("/proc/{}/task/{thread}", self.pid));
                 // The process that connected must be alive: its id could be another's by now.
-                if vcpu.is_some() && (!task.exists() || pidfd::has_ended(&self.process)?) {
+                if record.is_some() && (!task.exists() || pidfd::has_ended(&self.process)?) {
                     return errno(libc::EPERM);
                 }
-                let process = self.pid.cast_unsigned();
-                let vcpu = vcpu.as_ref().map(|vcpu| VcpuEntry {
-                    process,
-                    ..unpack_vcpu(vcpu)
-                });
-                program.bind(*thread, vcpu)?;
+                program.bind(*thread, *record)?;
             }
             Request::NewVm => return number(program.new_vm()?.into()),
-            Request::NewRecord => {
-                let record = program.new_record()?;
+            Request::NewRecord { vm } => {
+                let record = program.new_record(*vm)?;
                 self.records.insert(record);
                 return number(record.into());
             }

@@ -8,11 +8,13 @@ use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, MapError};
 use aya::programs::raw_trace_point::RawTracePointLinkId;
 use aya::programs::{ProgramFd, RawTracePoint};
 use aya::{Ebpf, EbpfLoader};
+use aya_obj::generated::BPF_NOEXIST;
 use aya_obj::generated::bpf_map_type::{BPF_MAP_TYPE_ARRAY, BPF_MAP_TYPE_RINGBUF};
 use ioregion_abi::bpf::{
-    MAX_PORTS, MAX_VCPUS, MatchEntry, MatchKey, Slot, VcpuEntry, VcpuRecord, ZoneKey, control_words,
+    CONTROL_WORDS, MAX_PORTS, MAX_VCPUS, MatchEntry, MatchKey, SlotBlock, VcpuRecord, ZoneKey,
 };
 
+use super::buckets;
 use super::control::{Control, PortFds};
 use super::program::LoadError;
 use crate::sys::bpf;
@@ -37,7 +39,9 @@ pub(crate) struct Local {
 }
 
 struct Maps {
-    vcpus: HashMap<MapData, u32, VcpuEntry>,
+    vcpus: HashMap<MapData, u32, u32>,
+    threads: buckets::Threads,
+    buckets: buckets::Doorbells,
     records: Array<MapData, VcpuRecord>,
     doorbells: HashMap<MapData, MatchKey, MatchEntry>,
     zones: HashMap<MapData, ZoneKey, u32>,
@@ -57,10 +61,17 @@ impl std::fmt::Debug for Local {
 }
 
 impl Local {
-    /// Loads and attaches the programs of an object file.
-    pub(crate) fn load(object: &[u8], max_doorbells: u32) -> Result<Self, LoadError> {
+    /// Loads and attaches the programs of an object file, for the threads of one process or of
+    /// all.
+    pub(crate) fn load(
+        object: &[u8],
+        max_doorbells: u32,
+        process: Option<u32>,
+    ) -> Result<Self, LoadError> {
+        let process = process.unwrap_or(0);
         let mut ebpf = EbpfLoader::new()
             .map_max_entries("DOORBELLS", max_doorbells)
+            .override_global("PROCESS", &process, true)
             .load(object)
             .map_err(LoadError::load)?;
         #[cfg(feature = "log")]
@@ -102,7 +113,14 @@ impl Local {
                 .map_err(LoadError::Io)?,
             _ => return Err(LoadError::Object { missing: "RECORDS" }),
         };
+        let mut array = |missing| match take(missing)? {
+            Map::Array(data) => Ok(data),
+            _ => Err(LoadError::Object { missing }),
+        };
+        let (threads, buckets) = (array("THREADS")?, array("BUCKETS")?);
         let maps = Maps {
+            threads: buckets::Threads::new(threads.fd().as_fd()).map_err(LoadError::Io)?,
+            buckets: buckets::Doorbells::new(buckets.fd().as_fd()).map_err(LoadError::Io)?,
             vcpus: take("VCPUS")?.try_into()?,
             records: records.try_into()?,
             doorbells: take("DOORBELLS")?.try_into()?,
@@ -181,8 +199,9 @@ impl Control for Local {
             )
             .map_err(to_io)
         };
-        let slots_map = array(size_of::<Slot>(), slots.max(1), "ioregion_slots")?;
-        let controls = array(size_of::<u64>(), control_words(slots), "ioregion_ctl")?;
+        let blocks = SlotBlock::count(slots.max(1));
+        let slots_map = array(size_of::<SlotBlock>(), blocks, "ioregion_slots")?;
+        let controls = array(size_of::<u64>(), CONTROL_WORDS, "ioregion_ctl")?;
         let ringbuf = create(
             BPF_MAP_TYPE_RINGBUF as u32,
             0,
@@ -215,12 +234,14 @@ impl Control for Local {
     fn insert(&self, entries: &[(MatchKey, MatchEntry)]) -> io::Result<()> {
         let mut maps = self.maps();
         for (at, (key, entry)) in entries.iter().enumerate() {
-            if let Err(error) = maps.doorbells.insert(key, entry, 0) {
+            if let Err(error) = maps.doorbells.insert(key, entry, BPF_NOEXIST.into()) {
                 for (key, _) in &entries[..at] {
                     let _ = maps.doorbells.remove(key);
+                    maps.buckets.remove(key);
                 }
                 return Err(to_io(error));
             }
+            maps.buckets.add(key, entry);
         }
         Ok(())
     }
@@ -231,12 +252,16 @@ impl Control for Local {
         // runs.
         let mut maps = self.maps();
         for key in keys {
-            maps.doorbells.remove(key).or_else(absent).map_err(to_io)?;
+            match maps.doorbells.remove(key) {
+                Ok(()) => maps.buckets.remove(key),
+                Err(error) => absent(error).map_err(to_io)?,
+            }
         }
         let Some(port) = port else { return Ok(()) };
         for outer in &maps.outer {
             bpf::map_delete(outer.as_fd(), port)?;
         }
+        maps.buckets.settle();
         maps.ports.give(port);
         Ok(())
     }
@@ -250,13 +275,19 @@ impl Control for Local {
         .map_err(to_io)
     }
 
-    fn bind(&self, thread: u32, vcpu: Option<VcpuEntry>) -> io::Result<()> {
+    fn bind(&self, thread: u32, record: Option<u32>) -> io::Result<()> {
         let mut maps = self.maps();
-        match vcpu {
-            Some(vcpu) => maps.vcpus.insert(thread, vcpu, 0),
-            None => maps.vcpus.remove(&thread).or_else(absent),
+        match record {
+            Some(record) => {
+                maps.vcpus.insert(thread, record, 0).map_err(to_io)?;
+                maps.threads.set(thread, Some(record));
+                Ok(())
+            }
+            None => {
+                maps.threads.set(thread, None);
+                maps.vcpus.remove(&thread).or_else(absent).map_err(to_io)
+            }
         }
-        .map_err(to_io)
     }
 
     fn new_vm(&self) -> io::Result<u32> {
@@ -268,12 +299,17 @@ impl Control for Local {
         Ok(maps.next_vm)
     }
 
-    fn new_record(&self) -> io::Result<u32> {
+    fn new_record(&self, vm: u32) -> io::Result<u32> {
         let mut maps = self.maps();
         let record = maps.free_records.take()?;
-        maps.records
-            .set(record, VcpuRecord::default(), 0)
-            .map_err(to_io)?;
+        let fresh = VcpuRecord {
+            vm,
+            ..VcpuRecord::default()
+        };
+        if let Err(error) = maps.records.set(record, fresh, 0) {
+            maps.free_records.give(record);
+            return Err(to_io(error));
+        }
         Ok(record)
     }
 

@@ -2,6 +2,7 @@
 //! coalesced ring.
 
 mod binding;
+mod buckets;
 mod control;
 mod loader;
 mod local;

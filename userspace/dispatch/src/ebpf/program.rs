@@ -39,8 +39,6 @@ pub struct ProgramCounters {
     pub matched: u64,
     /// Writes that matched none.
     pub unmatched: u64,
-    /// Doorbells that were written again before their task had looked.
-    pub overrun: u64,
     /// Wake-ups sent through ring buffers.
     pub wakeups: u64,
     /// Wake-ups that a ring buffer refused because it held unread ones.
@@ -100,7 +98,7 @@ pub enum LoadError {
     },
     /// The kernel or the verifier refused the object.
     #[error(
-        "the kernel refuses the eBPF object (it needs 5.11 or newer with CONFIG_BPF_SYSCALL, and CONFIG_DEBUG_INFO_BTF for typed maps): {0}"
+        "the kernel refuses the eBPF object (it needs 5.17 or newer with CONFIG_BPF_SYSCALL, and CONFIG_DEBUG_INFO_BTF for typed maps): {0}"
     )]
     Refused(Box<dyn std::error::Error + Send + Sync>),
     /// The loader cannot be reached, or refused.
@@ -191,6 +189,7 @@ impl Program {
         Ok(Self::with_control(Box::new(Local::load(
             object,
             max_doorbells,
+            None,
         )?)))
     }
 

@@ -3,7 +3,7 @@
 //! One request, one reply; frames as in [`crate::frame`]. Each client has a program instance of
 //! its own, so nothing that it asks for can touch another client.
 
-use ioregion_abi::bpf::{MatchEntry, MatchKey, VcpuEntry, ZoneKey};
+use ioregion_abi::bpf::{MatchEntry, MatchKey, ZoneKey};
 use serde::{Deserialize, Serialize};
 
 /// Most bytes of a request or reply.
@@ -33,10 +33,12 @@ pub(super) enum Request {
     },
     Bind {
         thread: u32,
-        vcpu: Option<(u32, u32)>,
+        record: Option<u32>,
     },
     NewVm,
-    NewRecord,
+    NewRecord {
+        vm: u32,
+    },
     FreeRecord(u32),
     RecursionMisses,
 }
@@ -51,12 +53,12 @@ pub(super) enum Reply {
 }
 
 /// Revision of this protocol.
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 
 /// `(addr, value, vm, what)`
 pub(super) type Key = (u64, u64, u32, u32);
-/// `(mask, port, slot, flags)`
-pub(super) type Entry = (u64, u32, u32, u32);
+/// `(mask, port, block, slot, flags)`
+pub(super) type Entry = (u64, u32, u32, u32, u32);
 
 pub(super) fn pack_key(key: &MatchKey) -> Key {
     (key.addr, key.value, key.vm, key.what)
@@ -72,24 +74,16 @@ pub(super) fn unpack_key(&(addr, value, vm, what): &Key) -> MatchKey {
 }
 
 pub(super) fn pack_entry(entry: &MatchEntry) -> Entry {
-    (entry.mask, entry.port, entry.slot, entry.flags)
+    (entry.mask, entry.port, entry.block, entry.slot, entry.flags)
 }
 
-pub(super) fn unpack_entry(&(mask, port, slot, flags): &Entry) -> MatchEntry {
+pub(super) fn unpack_entry(&(mask, port, block, slot, flags): &Entry) -> MatchEntry {
     MatchEntry {
         mask,
         port,
+        block,
         slot,
         flags,
-        reserved: 0,
-    }
-}
-
-pub(super) fn unpack_vcpu(&(vm, record): &(u32, u32)) -> VcpuEntry {
-    VcpuEntry {
-        vm,
-        record,
-        ..VcpuEntry::default()
     }
 }
 

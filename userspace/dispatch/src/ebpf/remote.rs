@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
-use ioregion_abi::bpf::{MatchEntry, MatchKey, VcpuEntry, ZoneKey};
+use ioregion_abi::bpf::{MatchEntry, MatchKey, ZoneKey};
 
 use super::control::{Control, PortFds};
 use super::program::LoadError;
@@ -120,19 +120,16 @@ impl Control for Remote {
         })
     }
 
-    fn bind(&self, thread: u32, vcpu: Option<VcpuEntry>) -> io::Result<()> {
-        self.done(&Request::Bind {
-            thread,
-            vcpu: vcpu.map(|vcpu| (vcpu.vm, vcpu.record)),
-        })
+    fn bind(&self, thread: u32, record: Option<u32>) -> io::Result<()> {
+        self.done(&Request::Bind { thread, record })
     }
 
     fn new_vm(&self) -> io::Result<u32> {
         self.small(&Request::NewVm)
     }
 
-    fn new_record(&self) -> io::Result<u32> {
-        self.small(&Request::NewRecord)
+    fn new_record(&self, vm: u32) -> io::Result<u32> {
+        self.small(&Request::NewRecord { vm })
     }
 
     fn free_record(&self, record: u32) -> io::Result<()> {

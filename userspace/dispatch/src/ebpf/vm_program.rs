@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::mem::offset_of;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -9,8 +10,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ioregion_abi::bpf::{
-    CONTROL_ARM, MAX_VCPUS, MatchEntry, MatchKey, Slot, VcpuRecord, ZONE_GRANULE_SHIFT, ZoneKey,
-    control_words,
+    CONTROL_ARM, CONTROL_WORDS, MAX_VCPUS, MatchEntry, MatchKey, Slot, SlotBlock, VcpuRecord,
+    ZONE_GRANULE_SHIFT, ZoneKey,
 };
 use ioregion_abi::{Bus, Size};
 use kvm_ioctls::VcpuFd;
@@ -83,8 +84,8 @@ impl VmProgram {
             records,
             vcpus: Mutex::default(),
             port,
-            slots: mapping(&slots, size_of::<Slot>(), false)?,
-            controls: mapping(&controls, control_words(1) as usize * 8, true)?,
+            slots: mapping(&slots, size_of::<SlotBlock>(), false)?,
+            controls: mapping(&controls, CONTROL_WORDS as usize * 8, true)?,
             wake: WakeRing::new(ringbuf.as_fd())?,
             ringbuf,
             ring: OnceLock::new(),
@@ -234,7 +235,6 @@ impl VmProgram {
             let record = read_record(&self.records, record);
             sum.matched += record.matched;
             sum.unmatched += record.unmatched;
-            sum.overrun += record.overrun;
             sum.wakeups += record.wakeups;
             sum.wakeups_refused += record.wakeups_refused;
             sum.lost += record.truncated + record.misdirected;
@@ -291,7 +291,8 @@ impl VmProgram {
     }
 
     fn announced(&self) -> u64 {
-        self.slots.word(size_of::<u64>()).load(Ordering::Acquire)
+        let at = offset_of!(SlotBlock, slots) + offset_of!(Slot, sequence);
+        self.slots.word(at).load(Ordering::Acquire)
     }
 
     /// Whether a write is on its way from the program to the ring.

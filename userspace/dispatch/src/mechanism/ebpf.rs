@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use ioregion_abi::bpf::{MatchEntry, MatchKey};
+use ioregion_abi::bpf::{MatchEntry, MatchKey, SlotBlock};
 use kvm_ioctls::VmFd;
 
 use super::forward::{WirePath, check_channel};
@@ -309,12 +309,16 @@ fn entry(doorbell: &Doorbell, port: u32, slot: u32, drain_port: u32) -> MatchEnt
         (_, Wake::Always) => MatchEntry::WAKE_ALWAYS,
     };
     match doorbell.delivery {
-        Delivery::Latest => MatchEntry {
-            port,
-            slot,
-            flags: MatchEntry::STORE | wake,
-            ..Default::default()
-        },
+        Delivery::Latest => {
+            let (block, slot) = SlotBlock::place(slot);
+            MatchEntry {
+                port,
+                block,
+                slot,
+                flags: MatchEntry::STORE | wake,
+                ..Default::default()
+            }
+        }
         // The ring is the queue: its drainer is told, not the device.
         Delivery::Fifo => MatchEntry {
             port: drain_port,

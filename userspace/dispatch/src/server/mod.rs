@@ -100,6 +100,14 @@ pub struct Stats {
     pub lost: u64,
 }
 
+impl Stats {
+    /// Writes that were overwritten before the task looked: all but the last of each delivery.
+    #[must_use]
+    pub fn overrun(&self) -> u64 {
+        self.writes.saturating_sub(self.doorbells)
+    }
+}
+
 /// Why a server gave up.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {

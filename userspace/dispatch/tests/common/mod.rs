@@ -4,9 +4,10 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::AtomicU64;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use ioregion_abi::bpf::control_words;
+use ioregion_abi::bpf::{CONTROL_ARM, CONTROL_WORDS, SlotBlock};
 use ioregion_abi::wire::{Command as WireCommand, Layout, Operation, Response};
 use ioregion_dispatch::wire::{Message, Try, Wire, WireError};
 use ioregion_dispatch::{Access, Device, Ring, Size};
@@ -102,9 +103,10 @@ pub enum Seen {
     Doorbell(Ring),
 }
 
-/// Records everything. A read answers 1000 plus the number of accesses seen before.
+/// Records everything, and counts the writes of doorbells for who looks on. A read answers 1000
+/// plus the number of accesses seen before.
 #[derive(Debug, Default)]
-pub struct Recorder(pub Vec<Seen>);
+pub struct Recorder(pub Vec<Seen>, pub Arc<AtomicU64>);
 
 impl Device for Recorder {
     fn read(&mut self, access: Access) -> u64 {
@@ -116,6 +118,7 @@ impl Device for Recorder {
     }
     fn doorbell(&mut self, ring: Ring) {
         self.0.push(Seen::Doorbell(ring));
+        self.1.fetch_add(ring.writes, Ordering::SeqCst);
     }
 }
 
@@ -161,7 +164,8 @@ pub struct FakeMaps {
 
 impl FakeMaps {
     pub fn new(slots: u32) -> Self {
-        let (slots_len, controls_len) = (slots as usize * 16, control_words(slots) as usize * 8);
+        let slots_len = SlotBlock::count(slots) as usize * size_of::<SlotBlock>();
+        let controls_len = CONTROL_WORDS as usize * 8;
         let (slots, controls) = (memory(slots_len), memory(controls_len));
         Self {
             slot_words: words(&slots, slots_len),
@@ -172,12 +176,13 @@ impl FakeMaps {
     }
 
     /// What the program does for a doorbell; returns whether it would wake.
-    pub fn ring(&self, slot: usize, value: u64) -> bool {
+    pub fn ring(&self, slot: u32, value: u64) -> bool {
         use ioregion_dispatch::arm;
-        let dirty = &self.control_words[1 + slot / 64];
-        let [value_word, sequence] = [&self.slot_words[2 * slot], &self.slot_words[2 * slot + 1]];
-        arm::publish(value_word, sequence, dirty, 1 << (slot % 64), value);
-        arm::take(&self.control_words[0], 1)
+        let (block, slot) = SlotBlock::place(slot);
+        let words = &self.slot_words[block as usize * size_of::<SlotBlock>() / 8..];
+        let at = std::mem::offset_of!(SlotBlock, slots) / 8 + 2 * slot as usize;
+        arm::publish(&words[at], &words[at + 1], &words[0], value);
+        arm::take(&self.control_words[CONTROL_ARM as usize], 1)
     }
 }
 
