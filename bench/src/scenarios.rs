@@ -208,7 +208,8 @@ impl Row {
     pub fn is_transient(&self) -> bool {
         self.wait == Wait::Poll
             || self.carrier == Carrier::SinkWithoutReader
-            || (self.carrier == Carrier::Ebpf && self.doorbells > 1)
+            || (self.carrier == Carrier::Ebpf
+                && (self.doorbells > 1 || self.placement == Placement::Vcpu))
     }
 
     /// Whether the row is part of a run of `mode`.
@@ -347,6 +348,11 @@ const POLLED: Row = EBPF
     .coalesced(Delivery::Latest, Wake::Never)
     .wait(Wait::Poll);
 const SLOT_POLLED: Row = EBPF.wait(Wait::Poll);
+/// Nobody looks until the run is over.
+const UNREAD: Row = Row {
+    placement: Placement::Vcpu,
+    ..EBPF
+};
 const ARMED: Row = EBPF.coalesced(Delivery::Latest, Wake::WhenArmed);
 const FIFO: Row = EBPF.coalesced(Delivery::Fifo, Wake::WhenArmed);
 
@@ -421,8 +427,15 @@ pub const ROWS: &[Row] = &[
     KVM_RUN.posted("bystander/exit"),
     IOEVENTFD.posted("bystander/ioeventfd"),
     IOEVENTFD.posted("ioeventfd/posted").tier(Mode::Smoke),
+    IOEVENTFD
+        .wait(Wait::Poll)
+        .posted("ioeventfd-polled/posted")
+        .tier(Mode::Smoke),
     SINK.posted("floor-sink-no-reader").tier(Mode::Smoke),
     // From here on the program is attached.
+    UNREAD
+        .posted("ebpf-ioeventfd-unread/posted")
+        .tier(Mode::Smoke),
     EBPF.posted("ebpf-ioeventfd/posted").tier(Mode::Smoke),
     SLOT_POLLED
         .posted("ebpf-ioeventfd-polled/posted")
