@@ -26,6 +26,8 @@ pub(crate) fn results() -> Results {
         ("bystander/ioeventfd", 3_000.0),
         ("bystander/ioeventfd+attached", 3_120.0),
         ("ebpf-ioeventfd-polled/posted", 3_150.0),
+        ("ebpf-ioeventfd-unread/posted", 3_150.0),
+        ("ioeventfd-polled/posted", 3_000.0),
     ]
     .map(|(name, ns)| scenario(name, ns))
     .into();
