@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::setup::BpfTools;
 use crate::sh::{Cmd, table, which};
 use crate::toolchain::{Missing, find_linker, find_toolchain};
-use crate::{ebpf, tiers};
+use crate::{ebpf, tiers, vm};
 
 /// The toolchain table.
 pub fn toolchain_table(root: &Path) -> String {
@@ -47,6 +47,10 @@ pub fn toolchain_table(root: &Path) -> String {
             ),
         ),
     ];
+    let findings = findings.into_iter().chain([
+        ("QEMU", vm::emulator()),
+        ("stock kernel", vm::stock_kernel()),
+    ]);
     let mut rows = vec![["what", "here", "detail", "enable"].map(String::from)];
     for (what, finding) in findings {
         let (here, detail, enable) = match finding {

@@ -1,18 +1,23 @@
 //! Installing what is missing, each command printed before it runs; nothing where nothing is.
 
-use std::os::unix::fs::{MetadataExt, symlink};
+use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
+use crate::apt::{self, Package};
 use crate::sh::{Cmd, which};
 use crate::toolchain::{
     self, DEBIAN_PACKAGES, LINKER_VERSION, Missing, RUSTUP_INSTALL, Toolchain, find_linker,
     find_toolchain,
 };
 
-/// System packages: the command in `PATH` that proves presence, the apt package, what for.
-const PACKAGES: &[(&str, &str, &str)] = &[("cc", "build-essential", "linking host programs")];
+/// What every build needs.
+const PACKAGES: [Package; 1] = [Package::new(
+    "cc",
+    "build-essential",
+    "linking host programs",
+)];
 
 /// What builds the eBPF program.
 #[derive(Debug)]
@@ -32,17 +37,7 @@ pub fn find() -> Result<BpfTools, Missing> {
 
 /// Finds the system packages and eBPF tools and installs those that are missing.
 pub fn setup() -> Result<BpfTools> {
-    let missing: Vec<&str> = PACKAGES
-        .iter()
-        .filter(|(proof, ..)| which(proof).is_none())
-        .map(|&(proof, package, why)| {
-            println!("{proof} is missing ({why}): package {package}");
-            package
-        })
-        .collect();
-    if !missing.is_empty() {
-        apt_install(&missing)?;
-    }
+    apt::ensure(&PACKAGES)?;
     let toolchain = match find_toolchain() {
         Ok(toolchain) => toolchain,
         Err(missing) => install_toolchain(missing)?,
@@ -56,55 +51,19 @@ pub fn setup() -> Result<BpfTools> {
     Ok(BpfTools { toolchain, linker })
 }
 
-fn is_root() -> bool {
-    std::fs::metadata("/proc/self").is_ok_and(|meta| meta.uid() == 0)
-}
-
-/// Whether apt has package lists at all (a fresh container image has none).
-fn apt_has_lists() -> bool {
-    let entries = std::fs::read_dir("/var/lib/apt/lists");
-    entries.is_ok_and(|mut entries| {
-        entries.any(|entry| {
-            entry.is_ok_and(|entry| entry.file_name().to_string_lossy().contains("_Packages"))
-        })
-    })
-}
-
-fn apt_update() -> Result<()> {
-    Cmd::line("apt-get update").run()
-}
-
-/// Installs packages without removing or adding others; renews old package lists once.
-fn apt_install(packages: &[&str]) -> Result<()> {
-    let install = Cmd::line("apt-get install -y --no-remove --no-install-recommends")
-        .args(packages)
-        .env("DEBIAN_FRONTEND", "noninteractive");
-    if which("apt-get").is_none() || !is_root() {
-        bail!(Missing::new(
-            format!("packages are missing: {}", packages.join(" ")),
-            format!("as root `{install}` or the like on another system"),
-        ));
-    }
-    if apt_has_lists() && install.run().is_ok() {
-        return Ok(());
-    }
-    apt_update()?;
-    install.run()
-}
-
 /// Whether apt can install the compiler packages here, perhaps after renewing its lists.
 fn apt_offers_toolchain() -> bool {
-    if which("apt-get").is_none() || !is_root() {
+    if !apt::can_install() {
         return false;
     }
     let show = Cmd::line("apt-cache show --no-all-versions").args(DEBIAN_PACKAGES);
-    show.probe().is_some() || (apt_update().is_ok() && show.probe().is_some())
+    show.probe().is_some() || (apt::update().is_ok() && show.probe().is_some())
 }
 
 fn install_toolchain(missing: Missing) -> Result<Toolchain> {
     println!("{}", missing.reason);
     if apt_offers_toolchain() {
-        apt_install(&DEBIAN_PACKAGES)?;
+        apt::install(&DEBIAN_PACKAGES)?;
     } else if which("rustup").is_some() {
         // A nightly that is already here is completed, not exchanged for a newer one.
         let nightly = Cmd::line("rustup run nightly rustc --version").scrubbed();

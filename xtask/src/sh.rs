@@ -2,9 +2,10 @@
 
 use std::ffi::OsStr;
 use std::fmt;
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, IsTerminal, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
@@ -186,6 +187,61 @@ impl Cmd {
             watched.iter().for_each(|text| line(&strip_colours(&text)));
         });
         Ok(child.wait()?.success())
+    }
+
+    /// Prints the command and runs it with errors on our own terminal; returns what it printed.
+    /// A failure is an error.
+    pub fn output(&self) -> Result<String> {
+        println!("+ {self}");
+        let output = self
+            .command()
+            .stdin(Stdio::null())
+            .stderr(Stdio::inherit())
+            .output()
+            .with_context(|| format!("cannot start `{}`", self.program))?;
+        if !output.status.success() {
+            bail!("`{self}` failed: {}", output.status);
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Whether a command succeeds, and all that it prints (itself not printed).
+    pub fn transcript(&self) -> Result<(bool, String)> {
+        let output = self
+            .command()
+            .stdin(Stdio::null())
+            .output()
+            .with_context(|| format!("cannot start `{}`", self.program))?;
+        let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
+        text.push_str(&String::from_utf8_lossy(&output.stderr));
+        Ok((output.status.success(), text))
+    }
+
+    /// Standard output of a filter as bytes (not printed); a failure is an error.
+    pub fn bytes(&self) -> Result<Vec<u8>> {
+        let output = self
+            .command()
+            .stdin(Stdio::null())
+            .output()
+            .with_context(|| format!("cannot start `{}`", self.program))?;
+        if !output.status.success() {
+            let errors = String::from_utf8_lossy(&output.stderr);
+            bail!("`{self}` failed: {}: {}", output.status, errors.trim());
+        }
+        Ok(output.stdout)
+    }
+
+    /// Prints the command and starts it with what it says going to the file `log`.
+    pub fn spawn(&self, log: &Path) -> Result<Child> {
+        println!("+ {self}");
+        let file = File::create(log).with_context(|| format!("cannot make {}", log.display()))?;
+        let errors = file.try_clone().context("cannot share a log")?;
+        self.command()
+            .stdin(Stdio::null())
+            .stdout(file)
+            .stderr(errors)
+            .spawn()
+            .with_context(|| format!("cannot start `{}`", self.program))
     }
 
     /// Standard output of a command that only looks (not printed); `None` where it cannot be

@@ -9,6 +9,7 @@ use crate::outcome::{Outcome, summary, tests_in};
 use crate::setup::BpfTools;
 use crate::sh::{Cmd, which};
 use crate::toolchain::{Missing, has_rust_src, sysroots};
+use crate::vm::{self, GUEST_PACKAGES, KernelChoice};
 use crate::{ebpf, setup};
 
 /// What the commands of a tier are made from.
@@ -152,6 +153,16 @@ const TIERS: &[Tier] = &[
         ..ROW
     },
     Tier {
+        name: "vm-stock",
+        full: true,
+        what: "the conformance suite in a VM, on Debian's packaged kernel",
+        counts: true,
+        ebpf: true,
+        needs: |host| host.tools().and_then(|_| vm::check(KernelChoice::Stock)),
+        commands: |_| Ok(vec![Cmd::line("cargo xtask vm --kernel stock")]),
+        ..ROW
+    },
+    Tier {
         name: "bench-smoke",
         what: "every scenario of the benchmark measures",
         ebpf: true,
@@ -169,13 +180,6 @@ impl Host<'_> {
         self.tools.as_ref().map_err(Clone::clone)
     }
 }
-
-/// Packages whose tests run guests.
-const GUEST_PACKAGES: [&str; 3] = [
-    "ioregion-conformance",
-    "ioregion-loader",
-    "ioregion-microguest",
-];
 
 fn conformance() -> Cmd {
     let packages = GUEST_PACKAGES

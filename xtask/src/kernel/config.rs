@@ -1,0 +1,95 @@
+//! Configuration fragments, and whether a made configuration holds what they ask for.
+
+use anyhow::{Result, bail};
+
+/// The name and the value of a line of a configuration; `None` for comments and empty lines.
+/// An option that is off has the value `n`.
+fn option(line: &str) -> Option<(&str, &str)> {
+    let line = line.trim();
+    if let Some((name, value)) = line.split_once('=') {
+        return name.starts_with("CONFIG_").then_some((name, value));
+    }
+    let name = line.strip_prefix("# ")?.strip_suffix(" is not set")?;
+    name.starts_with("CONFIG_").then_some((name, "n"))
+}
+
+/// The last value of an option in `config`; an option that is not mentioned is off.
+fn value<'a>(config: &'a str, name: &str) -> &'a str {
+    let mut found = config
+        .lines()
+        .filter_map(option)
+        .filter(|(other, _)| *other == name);
+    found.next_back().map_or("n", |(_, value)| value)
+}
+
+/// Options that `fragments` ask for and `config` does not have, each with both values. A later
+/// fragment overrides an earlier one.
+pub fn lost(fragments: &str, config: &str) -> Vec<String> {
+    let mut names: Vec<&str> = Vec::new();
+    for (name, _) in fragments.lines().filter_map(option) {
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    let lost = |name: &&str| {
+        let (wanted, made) = (value(fragments, name), value(config, name));
+        (wanted != made).then(|| format!("{name}={wanted} (it became {made})"))
+    };
+    names.iter().filter_map(lost).collect()
+}
+
+/// An error that names every option that was lost.
+pub fn check(fragments: &str, config: &str) -> Result<()> {
+    let lost = lost(fragments, config);
+    if lost.is_empty() {
+        return Ok(());
+    }
+    bail!(
+        "the kernel's configuration lost options that kernel/config asks for, probably because \
+         something that they depend on is off: {}",
+        lost.join(", ")
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FRAGMENT: &str = "# a comment, CONFIG_NOT=y\nCONFIG_KVM=y\n# CONFIG_SIZE is not set\n\
+        CONFIG_VT=n\nCONFIG_NAME=\"-x=y\"\nCONFIG_BITS=17\n";
+
+    #[test]
+    fn kept_options_are_no_loss_however_off_is_written() {
+        let config = "CONFIG_KVM=y\n# CONFIG_SIZE is not set\nCONFIG_NAME=\"-x=y\"\n\
+            CONFIG_BITS=17\nCONFIG_MORE=y\n";
+        assert_eq!(lost(FRAGMENT, config), Vec::<String>::new());
+        assert!(check(FRAGMENT, config).is_ok());
+    }
+
+    #[test]
+    fn every_lost_option_is_named_with_what_became_of_it() {
+        let config = "# CONFIG_KVM is not set\nCONFIG_SIZE=y\nCONFIG_NAME=\"-x=y\"\nCONFIG_VT=y\n";
+        let lost = lost(FRAGMENT, config);
+        let expected = [
+            "CONFIG_KVM=y (it became n)",
+            "CONFIG_SIZE=n (it became y)",
+            "CONFIG_VT=n (it became y)",
+            "CONFIG_BITS=17 (it became n)",
+        ];
+        assert_eq!(lost, expected);
+        let error = check(FRAGMENT, config).unwrap_err().to_string();
+        assert!(error.contains("CONFIG_BITS=17"), "{error}");
+    }
+
+    #[test]
+    fn built_in_is_not_the_same_as_a_module() {
+        assert_eq!(lost("CONFIG_KVM=m\n", "CONFIG_KVM=y\n").len(), 1);
+    }
+
+    #[test]
+    fn later_fragment_overrides_an_earlier_one() {
+        let fragments = "CONFIG_A=y\nCONFIG_A=n\n";
+        assert!(lost(fragments, "").is_empty());
+        assert_eq!(lost(fragments, "CONFIG_A=y\n").len(), 1);
+    }
+}

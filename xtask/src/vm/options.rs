@@ -1,0 +1,165 @@
+//! The command line of `cargo xtask vm`.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use super::accelerator::Choice;
+
+/// Which kernel to boot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum KernelChoice {
+    /// Debian's packaged 6.12 cloud kernel, fetched once into the cache
+    Stock,
+    /// The patched kernel, built where it is not in the cache
+    Patched,
+    /// The patched kernel with lock and memory checkers
+    Debug,
+}
+
+impl KernelChoice {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Stock => "stock",
+            Self::Patched => "patched",
+            Self::Debug => "debug",
+        }
+    }
+}
+
+/// What to boot and what to run in it.
+#[derive(Debug, Clone, Args)]
+pub struct VmArgs {
+    /// Which kernel
+    #[arg(long, value_enum, default_value = "stock")]
+    pub kernel: KernelChoice,
+    /// Another kernel: a bzImage with everything built in that an initramfs needs
+    #[arg(long, value_name = "FILE", conflicts_with = "kernel")]
+    pub image: Option<PathBuf>,
+    /// Only this test program (repeatable; default: all of the conformance suite, the loader's
+    /// and the guests')
+    #[arg(long = "test", value_name = "NAME")]
+    pub tests: Vec<String>,
+    /// Run no test programs: boot, report and power off
+    #[arg(long, conflicts_with = "tests")]
+    pub empty: bool,
+    /// Run this static program instead of the test programs (repeatable; with --test: after them)
+    #[arg(long, value_name = "FILE")]
+    pub exec: Vec<PathBuf>,
+    /// Pack a program of this machine with its libraries, for tests that start it (repeatable)
+    #[arg(long = "tool", value_name = "NAME")]
+    pub tools: Vec<String>,
+    /// Load a further module of the stock kernel (repeatable)
+    #[arg(long = "module", value_name = "NAME")]
+    pub modules: Vec<String>,
+    /// Set a variable for all programs (repeatable)
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub env: Vec<String>,
+    /// Virtual CPUs (default: 2; with --icount 1)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=8))]
+    pub cpus: Option<u32>,
+    /// Memory in MiB
+    #[arg(long, value_name = "MIB", default_value = "2048", value_parser = clap::value_parser!(u32).range(256..))]
+    pub mem: u32,
+    /// Seconds until the whole run fails
+    #[arg(long, value_name = "SECONDS", default_value = "3600")]
+    pub timeout: u64,
+    /// Seconds until one program is killed
+    #[arg(long, value_name = "SECONDS", default_value = "900")]
+    pub job_timeout: u32,
+    /// Time is the count of instructions, each 2^SHIFT ns: the same run takes the same time on
+    /// every machine
+    #[arg(long, value_name = "SHIFT", num_args = 0..=1, default_missing_value = "3", value_parser = clap::value_parser!(u8).range(0..=10))]
+    pub icount: Option<u8>,
+    /// What runs the VM's instructions
+    #[arg(long, value_enum, default_value = "auto", conflicts_with = "icount")]
+    pub accel: Choice,
+    /// A further kernel parameter (repeatable)
+    #[arg(long, value_name = "PARAMETER", allow_hyphen_values = true)]
+    pub append: Vec<String>,
+    /// Keep the initramfs and print the command that boots it again
+    #[arg(long)]
+    pub keep: bool,
+    /// Arguments for the programs, for example a test's name or --nocapture
+    #[arg(last = true)]
+    pub args: Vec<String>,
+}
+
+impl VmArgs {
+    /// The name of the working folder.
+    pub fn kernel_name(&self) -> &'static str {
+        match self.image {
+            Some(_) => "image",
+            None => self.kernel.name(),
+        }
+    }
+
+    /// Virtual CPUs: counted time repeats best with one.
+    pub fn cpus(&self) -> u32 {
+        self.cpus
+            .unwrap_or(if self.icount.is_some() { 1 } else { 2 })
+    }
+
+    /// Whether test programs are built and run.
+    pub fn runs_suite(&self) -> bool {
+        !self.empty && (self.exec.is_empty() || !self.tests.is_empty())
+    }
+
+    /// Arguments of test programs: one test at a time unless asked otherwise.
+    pub fn test_args(&self) -> Vec<String> {
+        let mut args = self.args.clone();
+        if !args.iter().any(|arg| arg.starts_with("--test-threads")) {
+            args.push("--test-threads=1".into());
+        }
+        args
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Debug, Parser)]
+    struct Cli {
+        #[command(flatten)]
+        vm: VmArgs,
+    }
+
+    fn parse(line: &str) -> Result<VmArgs, clap::Error> {
+        let words = std::iter::once("vm").chain(line.split_whitespace());
+        Cli::try_parse_from(words).map(|cli| cli.vm)
+    }
+
+    #[test]
+    fn suite_runs_unless_something_else_is_asked_for() {
+        for (line, runs) in [
+            ("", true),
+            ("--empty", false),
+            ("--exec /x", false),
+            ("--exec /x --test order", true),
+        ] {
+            assert_eq!(parse(line).unwrap().runs_suite(), runs, "{line}");
+        }
+        assert!(parse("--empty --test order").is_err());
+    }
+
+    #[test]
+    fn counted_time_takes_a_shift_and_one_cpu() {
+        let plain = parse("").unwrap();
+        assert_eq!((plain.icount, plain.cpus()), (None, 2));
+        let counted = parse("--icount -- filter").unwrap();
+        assert_eq!((counted.icount, counted.cpus()), (Some(3), 1));
+        let both = parse("--icount 0 --cpus 2").unwrap();
+        assert_eq!((both.icount, both.cpus()), (Some(0), 2));
+        assert!(parse("--icount --accel kvm").is_err());
+        assert!(parse("--icount 11").is_err());
+    }
+
+    #[test]
+    fn tests_run_one_at_a_time_unless_told_otherwise() {
+        let args = |line| parse(line).unwrap().test_args();
+        assert_eq!(args("-- name"), ["name", "--test-threads=1"]);
+        assert_eq!(args("-- --test-threads=2"), ["--test-threads=2"]);
+    }
+}

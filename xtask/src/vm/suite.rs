@@ -1,0 +1,127 @@
+//! Static builds of the programs that run in the VM.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::sh::Cmd;
+
+/// Static programs need a target of their own on the command line: without it the flag would
+/// also hit procedural macros, which are shared objects.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+/// Apart from the host's programs, whose flags differ: neither build throws the other away.
+const TARGET_DIR: &str = "target/vm-build";
+
+/// A test program.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TestProgram {
+    /// The name of its file under `tests`, or `NAME-unit` for unit tests.
+    pub name: String,
+    /// The executable.
+    pub file: PathBuf,
+}
+
+/// What was built for the VM.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Suite {
+    /// In alphabetical order.
+    pub tests: Vec<TestProgram>,
+    /// Programs that the tests start; they know them by the path where they were built.
+    pub helpers: Vec<PathBuf>,
+}
+
+fn cargo(root: &Path, command: &str) -> Cmd {
+    Cmd::line(command)
+        .args(["--release", "--target", TARGET, "--target-dir", TARGET_DIR])
+        .env("RUSTFLAGS", "-C target-feature=+crt-static")
+        // Only what runs goes into the VM.
+        .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
+        .dir(root)
+}
+
+/// Builds the VM's first process.
+pub fn init(root: &Path) -> Result<PathBuf> {
+    cargo(root, "cargo build --package ioregion-init --bin init").run()?;
+    Ok(root.join(TARGET_DIR).join(TARGET).join("release/init"))
+}
+
+/// Builds the test programs of `packages`.
+pub fn build(root: &Path, packages: &[&str]) -> Result<Suite> {
+    let messages = cargo(
+        root,
+        "cargo test --no-run --message-format=json-render-diagnostics",
+    )
+    .args(packages.iter().flat_map(|package| ["--package", package]))
+    .output()?;
+    let suite = from_messages(&messages)?;
+    if suite.tests.is_empty() {
+        bail!("cargo built no test program of {}", packages.join(", "));
+    }
+    Ok(suite)
+}
+
+/// The executables in cargo's messages.
+fn from_messages(messages: &str) -> Result<Suite> {
+    let mut suite = Suite::default();
+    // Other lines are what build scripts and cargo itself print.
+    for line in messages.lines().filter(|line| line.starts_with('{')) {
+        let message: Value = serde_json::from_str(line).context("reading cargo's messages")?;
+        let Some(file) = message["executable"].as_str().map(PathBuf::from) else {
+            continue;
+        };
+        let name = message["target"]["name"].as_str().unwrap_or_default();
+        let kind = message["target"]["kind"][0].as_str().unwrap_or_default();
+        if message["profile"]["test"] != true {
+            suite.helpers.push(file);
+            continue;
+        }
+        let name = match kind {
+            "test" => name.into(),
+            _ => format!("{name}-unit"),
+        };
+        suite.tests.push(TestProgram { name, file });
+    }
+    suite.tests.sort_by(|one, other| one.name.cmp(&other.name));
+    for pair in suite.tests.windows(2) {
+        if pair[0].name == pair[1].name {
+            bail!("two test programs are called {}", pair[0].name);
+        }
+    }
+    Ok(suite)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(name: &str, kind: &str, test: bool, executable: &str) -> String {
+        format!(
+            r#"{{"reason":"compiler-artifact","target":{{"name":"{name}","kind":["{kind}"]}},"profile":{{"test":{test}}},"executable":{executable}}}"#
+        )
+    }
+
+    #[test]
+    fn executables_are_sorted_into_tests_and_helpers() {
+        let messages = [
+            message("order", "test", true, r#""/t/order-1""#),
+            message("ioregion_dispatch", "lib", false, "null"),
+            "a build script's line".into(),
+            message("loader", "bin", true, r#""/t/loader-2""#),
+            message("loader", "bin", false, r#""/t/loader""#),
+            r#"{"reason":"build-finished","success":true}"#.into(),
+            message("errors", "test", true, r#""/t/errors-3""#),
+        ];
+        let suite = from_messages(&messages.join("\n")).unwrap();
+        let names: Vec<&str> = suite.tests.iter().map(|test| test.name.as_str()).collect();
+        assert_eq!(names, ["errors", "loader-unit", "order"]);
+        assert_eq!(suite.helpers, [PathBuf::from("/t/loader")]);
+    }
+
+    #[test]
+    fn equal_names_and_broken_messages_are_refused() {
+        let twice = message("order", "test", true, r#""/t/x""#);
+        assert!(from_messages(&format!("{twice}\n{twice}")).is_err());
+        assert!(from_messages("{\"reason\":").is_err());
+    }
+}
