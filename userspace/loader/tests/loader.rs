@@ -227,28 +227,32 @@ fn loader_refuses_threads_of_other_processes() {
     let _loader = loader(&socket);
     let mut stream = UnixStream::connect(&socket).unwrap();
     let own = nix::unistd::gettid().as_raw();
-    for (thread, reply) in [
-        (1, r#"{"Failed":1}"#),
-        (own, r#""Done""#),
-        (u32::MAX as i32, ""),
-    ] {
-        let request = format!(r#"{{"Bind":{{"thread":{thread},"vcpu":[1,0]}}}}"#);
+    let bind =
+        |thread: i64, record| format!(r#"{{"Bind":{{"thread":{thread},"record":{record}}}}}"#);
+    let mut ask = |request: String| -> Option<String> {
         let mut frame = b"iorg".to_vec();
         frame.extend((request.len() as u32).to_le_bytes());
         frame.extend(0_u32.to_le_bytes());
         frame.extend(request.as_bytes());
         stream.write_all(&frame).unwrap();
         let mut header = [0; 12];
-        if reply.is_empty() {
-            // Not a thread id: no request of the protocol, so the loader hangs up.
-            assert!(stream.read_exact(&mut header).is_err());
-            break;
-        }
-        stream.read_exact(&mut header).unwrap();
+        stream.read_exact(&mut header).ok()?;
         let mut text = vec![0; u32::from_le_bytes(header[4..8].try_into().unwrap()) as usize];
         stream.read_exact(&mut text).unwrap();
-        assert_eq!(String::from_utf8(text).unwrap(), reply);
-    }
+        Some(String::from_utf8(text).unwrap())
+    };
+    // A record that this client does not have.
+    let refused = ask(bind(own.into(), "3"));
+    assert_eq!(refused.as_deref(), Some(r#"{"Failed":2}"#));
+    let record = ask(r#"{"NewRecord":{"vm":1}}"#.into()).unwrap();
+    let record = record.trim_start_matches(r#"{"Number":"#);
+    let record = record.trim_end_matches('}');
+    let refused = ask(bind(1, record));
+    assert_eq!(refused.as_deref(), Some(r#"{"Failed":1}"#));
+    let done = ask(bind(own.into(), record));
+    assert_eq!(done.as_deref(), Some(r#""Done""#));
+    // Not a thread id: no request of the protocol, so the loader hangs up.
+    assert_eq!(ask(bind(-1, record)), None);
 }
 
 #[test]

@@ -133,6 +133,9 @@ impl Client {
                 port,
             } => program.set_zone(zone(*granule, *vm, *bus), *port)?,
             Request::Bind { thread, record } => {
+                if record.is_some_and(|record| !self.records.contains(&record)) {
+                    return errno(libc::ENOENT);
+                }
                 let task = PathBuf::from(format!("/proc/{}/task/{thread}", self.pid));
                 // The process that connected must be alive: its id could be another's by now.
                 if record.is_some() && (!task.exists() || pidfd::has_ended(&self.process)?) {

@@ -12,6 +12,7 @@ pub(super) const MAX_FRAME: u32 = 32 << 20;
 pub(super) const MAX_SLOTS: u32 = 1 << 20;
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) enum Request {
     /// Replied to with [`Reply::Done`] and the descriptors of the records and of `whoami`.
     Hello {
