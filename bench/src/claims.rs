@@ -63,9 +63,13 @@ impl fmt::Display for Bar {
 /// How a claim's figure is made. Scenarios go by name.
 #[derive(Debug)]
 pub enum How {
-    /// vCPU time per access of the first over the second, paired within rounds.
+    /// vCPU time per access of the first over the second, paired within rounds, and where both have
+    /// them against reference accesses of the same moments.
     Ratio(&'static str, &'static str),
-    /// What `with` costs more than `without`, as a share of `without`.
+    /// The same, with CPU time and notification latency of both printed beside it, so that polling
+    /// hides nothing.
+    RatioWithCost(&'static str, &'static str),
+    /// What `with` costs more than `without`, as a share of `without`, like a ratio.
     Added {
         /// The dearer scenario.
         with: &'static str,
@@ -76,6 +80,17 @@ pub enum How {
     Figure(fn(&Results) -> Outcome),
     /// Holds where all of these (earlier) claims hold; its figure is the largest of theirs.
     AllOf(&'static [&'static str]),
+}
+
+impl How {
+    /// The two scenarios that are compared, where there are just two.
+    pub fn scenarios(&self) -> Option<[&'static str; 2]> {
+        match *self {
+            Self::Ratio(of, over) | Self::RatioWithCost(of, over) => Some([of, over]),
+            Self::Added { with, without } => Some([with, without]),
+            Self::Figure(_) | Self::AllOf(_) => None,
+        }
+    }
 }
 
 /// A figure, or the words that say why there is none.
@@ -131,7 +146,7 @@ pub const CLAIMS: &[ClaimDef] = &[
         id: "ebpf-coalesced-polled-vs-ioeventfd",
         text: "vCPU time per posted doorbell: ebpf with coalesced sink, device polling / plain ioeventfd with a reader",
         bar: Bar::AtMost(0.95),
-        how: How::Figure(polled_vs_ioeventfd),
+        how: How::RatioWithCost("ebpf-coalesced-polled/posted", "ioeventfd/posted"),
     },
     ClaimDef {
         id: "ebpf-vs-forward",
@@ -210,6 +225,13 @@ pub const CLAIMS: &[ClaimDef] = &[
     },
 ];
 
+/// Whether a claim compares this scenario with another, so that it is measured in turn with
+/// references.
+pub fn compares(scenario: &str) -> bool {
+    let mut pairs = CLAIMS.iter().filter_map(|def| def.how.scenarios());
+    pairs.any(|pair| pair.contains(&scenario))
+}
+
 /// Fills in the ratios and the claims of a finished run.
 pub fn complete(results: &mut Results) {
     results.ratios = ratios(results);
@@ -226,6 +248,7 @@ fn evaluate_table(table: &[ClaimDef], results: &Results) -> Vec<Claim> {
     for def in table {
         let outcome = match def.how {
             How::Ratio(of, over) => ratio(results, of, over),
+            How::RatioWithCost(of, over) => ratio_with_cost(results, of, over),
             How::Added { with, without } => added(results, with, without),
             How::Figure(figure) => figure(results),
             How::AllOf(parts) => {
@@ -310,10 +333,15 @@ fn usable<'a>(results: &'a Results, name: &str) -> Result<&'a Scenario, String> 
     }
 }
 
+/// A round's times against references, where both have them; else the times themselves.
 fn paired(results: &Results, of: &str, over: &str) -> Result<Vec<f64>, String> {
     let (of, over) = (usable(results, of)?, usable(results, over)?);
-    stats::paired_ratios(&of.round_means_ns, &over.round_means_ns)
-        .map_err(|e| format!("not paired: {} / {}: {e}", of.name, over.name))
+    let ratios = if of.round_references.is_empty() || over.round_references.is_empty() {
+        stats::paired_ratios(&of.round_means_ns, &over.round_means_ns)
+    } else {
+        stats::paired_ratios(&of.round_references, &over.round_references)
+    };
+    ratios.map_err(|e| format!("not paired: {} / {}: {e}", of.name, over.name))
 }
 
 fn ratio(results: &Results, of: &str, over: &str) -> Outcome {
@@ -345,20 +373,19 @@ fn figure(estimate: stats::Estimate, scale: f64) -> Outcome {
     }
 }
 
-fn polled_vs_ioeventfd(results: &Results) -> Outcome {
-    let (polled, plain) = ("ebpf-coalesced-polled/posted", "ioeventfd/posted");
-    let mut figure = ratio(results, polled, plain)?;
-    let beside = |name| {
+fn ratio_with_cost(results: &Results, of: &str, over: &str) -> Outcome {
+    let mut figure = ratio(results, of, over)?;
+    let cost = |name| {
         let scenario = usable(results, name)?;
         let notify = scenario
             .notify_ns
             .map_or("not measured".into(), |n| format!("{} ns", n.p50));
         let cpu = scenario.cpu_ns_per_access.total();
         Ok::<_, String>(format!(
-            "CPU {cpu:.0} ns per access, notification p50 {notify}"
+            "{name}: CPU {cpu:.0} ns per access, notification p50 {notify}"
         ))
     };
-    figure.note = format!("polled: {}; plain: {}", beside(polled)?, beside(plain)?);
+    figure.note = format!("{}; {}", cost(of)?, cost(over)?);
     Ok(figure)
 }
 

@@ -153,6 +153,9 @@ fn measure(args: RunArgs) -> Result<ExitCode> {
         .map(|file| file.display().to_string())
         .collect();
     print(&format!("\nresults and plots: {}\n", names.join(" ")))?;
+    if mode == Mode::Smoke {
+        print("A smoke run shows that everything works; its figures mean nothing.\n")?;
+    }
     let failures = failures(&results, mode, args.check);
     for failure in &failures {
         eprintln!("failed: {failure}");

@@ -34,6 +34,8 @@ pub enum Measure {
     Timed,
     /// Nothing: for throughput and CPU time.
     Plain,
+    /// No access: `CPUID`, timed, as a reference for how fast the machine just is.
+    Reference,
     /// One ring at a time, each after the device has seen the one before.
     Paced,
 }
@@ -86,6 +88,11 @@ pub fn program(row: &Row, measure: Measure, vcpu: u32, first: u32, n: u32) -> Pr
             p.timed(access);
         }
         Measure::Plain => access(p),
+        Measure::Reference => {
+            p.timed(|p| {
+                p.cpuid();
+            });
+        }
         Measure::Paced => {
             p.ram_store_tsc(CELL_STAMP);
             access(p);

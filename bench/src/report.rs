@@ -16,6 +16,9 @@ use crate::table::{Table, escape};
 const BEGIN: &str = "<!-- results:begin -->";
 const END: &str = "<!-- results:end -->";
 
+/// Rows of a Markdown table that is shown unfolded.
+const FOLDED: usize = 20;
+
 /// How a report is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
@@ -29,14 +32,13 @@ pub enum Format {
 /// Absolute times of several files stand in columns of their own and are never
 /// set against each other.
 pub fn render(runs: &[Results], format: Format) -> String {
-    let scenarios = match runs {
-        [run] => scenario_table(run),
-        runs => scenario_blocks(runs),
-    };
     let tables = [
-        scenarios,
+        claim_table(runs, format),
+        match runs {
+            [run] => scenario_table(run, format),
+            runs => scenario_blocks(runs),
+        },
         ratio_table(runs),
-        claim_table(runs),
         mechanism_table(runs),
     ];
     let sources = runs.iter().enumerate().map(|(index, run)| {
@@ -55,9 +57,34 @@ pub fn render(runs: &[Results], format: Format) -> String {
         .filter(|t| !t.is_empty())
         .map(|table| match format {
             Format::Text => format!("\n{}", table.text()),
+            // Long ones are folded.
+            Format::Markdown if table.rows() > FOLDED => {
+                let title = escape(table.title());
+                let table = table.markdown();
+                format!("<details><summary>{title}</summary>\n\n{table}\n</details>\n\n")
+            }
             Format::Markdown => format!("{}\n", table.markdown()),
         });
-    sources.chain(tables).collect()
+    let notes = match format {
+        Format::Text => notes(runs),
+        Format::Markdown => String::new(),
+    };
+    sources.chain(tables).chain([notes]).collect()
+}
+
+/// What to read beside the claims: lines, where a column would not fit.
+fn notes(runs: &[Results]) -> String {
+    let mut lines = String::new();
+    for (index, run) in runs.iter().enumerate() {
+        for claim in claims::evaluate(run).iter().filter(|c| !c.note.is_empty()) {
+            let line = format!("  {}{}: {}", label(runs, index), claim.id, claim.note);
+            lines += &format!("{}\n", line.replace(char::is_control, "?"));
+        }
+    }
+    if !lines.is_empty() {
+        lines.insert_str(0, "\nNotes on the claims\n");
+    }
+    lines
 }
 
 /// `[1] ` before the columns of the first of several files; nothing for a single one.
@@ -69,30 +96,38 @@ fn label(runs: &[Results], index: usize) -> String {
     }
 }
 
-fn scenario_table(run: &Results) -> Table {
+/// Columns of the scenario table that a terminal has no room for: the name says some of it.
+const WIDE: [usize; 6] = [1, 3, 4, 8, 11, 17];
+
+fn scenario_table(run: &Results, format: Format) -> Table {
+    let kept = |column: &usize| format == Format::Markdown || !WIDE.contains(column);
+    let header = [
+        "scenario",
+        "mechanism",
+        "sink/transport/wait",
+        "operation",
+        "device",
+        ">vCPUs",
+        ">doorbells",
+        ">p50",
+        ">p90",
+        ">p99",
+        ">p99.9",
+        ">max",
+        ">mean",
+        ">notify p50",
+        ">CPU vCPU",
+        ">CPU device",
+        ">exits",
+        ">switches",
+        ">lost/dup/reord",
+    ];
     let mut table = Table::new(
         "Scenarios (times in ns per access)",
-        [
-            "scenario",
-            "mechanism",
-            "sink/transport/wait",
-            "operation",
-            "device",
-            ">vCPUs",
-            ">doorbells",
-            ">p50",
-            ">p90",
-            ">p99",
-            ">p99.9",
-            ">max",
-            ">mean",
-            ">notify p50",
-            ">CPU vCPU",
-            ">CPU device",
-            ">exits",
-            ">switches",
-            ">lost/dup/reord",
-        ],
+        (0..)
+            .zip(header)
+            .filter(|(i, _)| kept(i))
+            .map(|(_, name)| name),
     );
     for s in &run.scenarios {
         let via = [&s.sink, &s.transport, &s.wait].map(|part| part.as_deref().unwrap_or("–"));
@@ -124,12 +159,9 @@ fn scenario_table(run: &Results) -> Table {
         ];
         let counts = [count(s.vcpus.into()), count(s.doorbells.into())];
         let integrity = [s.lost, s.duplicated, s.reordered].map(count).join("/");
-        table.push(
-            what.into_iter()
-                .chain(counts)
-                .chain(times)
-                .chain([integrity]),
-        );
+        let cells = what.into_iter().chain(counts).chain(times);
+        let cells = (0..).zip(cells.chain([integrity]));
+        table.push(cells.filter(|(i, _)| kept(i)).map(|(_, cell)| cell));
     }
     table
 }
@@ -172,7 +204,7 @@ fn ratio_table(runs: &[Results]) -> Table {
     let all: Vec<_> = runs.iter().map(claims::ratios).collect();
     let header = (0..runs.len()).map(|i| format!(">{}ratio (95 % interval)", label(runs, i)));
     let mut table = Table::new(
-        "Ratios of mean vCPU time per access, paired within rounds",
+        "Ratios of vCPU time per access, paired within rounds",
         ["scenario".to_owned(), "over".to_owned()]
             .into_iter()
             .chain(header),
@@ -198,32 +230,33 @@ fn ratio_table(runs: &[Results]) -> Table {
     table
 }
 
-fn claim_table(runs: &[Results]) -> Table {
-    let header = (0..runs.len()).flat_map(|i| {
-        [">measured", "verdict", "note"].map(|name| {
+/// Without texts and notes on a terminal: they do not fit.
+fn claim_table(runs: &[Results], format: Format) -> Table {
+    let wide = format == Format::Markdown;
+    let of_run = |i| {
+        let names = [">measured", "verdict", "note"].into_iter();
+        names.take(if wide { 3 } else { 2 }).map(move |name| {
             let (right, name) = name.split_at(usize::from(name.starts_with('>')));
             format!("{right}{}{name}", label(runs, i))
         })
-    });
-    let mut table = Table::new(
-        "Claims",
-        ["id", "claim", ">bar"]
-            .map(str::to_owned)
-            .into_iter()
-            .chain(header),
-    );
+    };
+    let first = ["id", "claim", ">bar"].into_iter();
+    let first = first
+        .filter(|name| wide || *name != "claim")
+        .map(str::to_owned);
+    let mut table = Table::new("Claims", first.chain((0..runs.len()).flat_map(of_run)));
     let all: Vec<Vec<Claim>> = runs.iter().map(claims::evaluate).collect();
     for (row, def) in claims::CLAIMS.iter().enumerate() {
-        let cells = all.iter().flat_map(|claims| {
+        let mut cells = vec![def.id.to_owned()];
+        cells.extend(wide.then(|| def.text.to_owned()));
+        cells.push(def.bar.to_string());
+        for claims in &all {
             let c = &claims[row];
-            let measured = c.value.map_or("–".into(), |value| figure(value, c.ci95));
-            [measured, verdict(c).to_owned(), c.note.clone()]
-        });
-        table.push(
-            [def.id.to_owned(), def.text.to_owned(), def.bar.to_string()]
-                .into_iter()
-                .chain(cells),
-        );
+            cells.push(c.value.map_or("–".into(), |value| figure(value, c.ci95)));
+            cells.push(verdict(c).to_owned());
+            cells.extend(wide.then(|| c.note.clone()));
+        }
+        table.push(cells);
     }
     table
 }

@@ -165,6 +165,7 @@ pub(crate) fn scenario(name: &str, ns: f64) -> Scenario {
         round_means_ns: (0..ROUNDS)
             .map(|round| ns * (1.0 + 0.03 * round as f64))
             .collect(),
+        round_references: Vec::new(),
         histogram: vec![(of(0.98), 9_990), (of(30.0), 10)],
     }
 }

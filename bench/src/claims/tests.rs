@@ -202,3 +202,35 @@ fn claim_of_several_is_as_good_as_the_worst_of_them() {
     assert_eq!(missed.holds, Some(false));
     assert!(missed.value > held.value && missed.ci95.is_some());
 }
+
+#[test]
+fn references_cancel_what_slows_one_side_only_for_a_while() {
+    let mut r = results();
+    let before = claim_of(&r, "ebpf-ioeventfd-sink-vs-ioeventfd-unread")
+        .value
+        .unwrap();
+    for name in ["ebpf-ioeventfd-unread/posted", "floor-sink-no-reader"] {
+        set(&mut r, name, |s| {
+            s.round_references = s.round_means_ns.iter().map(|ns| ns / 500.0).collect();
+        });
+    }
+    set(&mut r, "ebpf-ioeventfd-unread/posted", |s| {
+        (0..)
+            .zip(&mut s.round_means_ns)
+            .for_each(|(i, ns)| *ns *= [1.0, 3.0][i % 2]);
+    });
+    let after = claim_of(&r, "ebpf-ioeventfd-sink-vs-ioeventfd-unread")
+        .value
+        .unwrap();
+    assert!((after - before).abs() < 1e-9, "{before} {after}");
+}
+
+#[test]
+fn ratio_never_mixes_references_and_times() {
+    let mut r = results();
+    let before = claim_of(&r, "ebpf-bystander").value.unwrap();
+    set(&mut r, "bystander/exit", |s| {
+        s.round_references = vec![1.0; s.round_means_ns.len()];
+    });
+    assert_eq!(claim_of(&r, "ebpf-bystander").value.unwrap(), before);
+}

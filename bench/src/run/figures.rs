@@ -19,6 +19,7 @@ pub struct Figures {
     times: Histogram<u64>,
     notify: Histogram<u64>,
     round_means: Vec<f64>,
+    round_references: Vec<f64>,
     accesses: u64,
     wrong: Wrong,
     plain: Run,
@@ -36,6 +37,7 @@ impl Default for Figures {
             times: histogram(),
             notify: histogram(),
             round_means: Vec::new(),
+            round_references: Vec::new(),
             accesses: 0,
             wrong: Wrong::default(),
             plain: Run::default(),
@@ -45,24 +47,36 @@ impl Default for Figures {
 }
 
 /// Batches that a round's times are cut into.
-const BATCHES: usize = 16;
+const BATCHES: usize = 64;
 
-/// The median of the means of consecutive batches: a mean (wake-ups that some of the accesses pay
-/// for count in it), but one that a few moments without the CPU, of milliseconds each, do not move.
-fn median_of_means(times: &[f64]) -> f64 {
+/// The mean of the middle half of the means of consecutive batches: a mean (wake-ups that some of
+/// the accesses pay for count in it, and so do both speeds of a core whose sibling comes and goes),
+/// but one that a few moments without the CPU, of milliseconds each, do not move.
+fn midmean_of_batches(times: &[f64]) -> f64 {
     let batch = times.len().div_ceil(BATCHES).max(1);
-    let means: Vec<f64> = times
-        .chunks(batch)
-        .map(|batch| batch.iter().sum::<f64>() / batch.len() as f64)
-        .collect();
-    ioregion_bench::stats::median(&means).unwrap_or(0.0)
+    midmean(times.chunks(batch).map(mean).collect())
+}
+
+fn mean(figures: &[f64]) -> f64 {
+    figures.iter().sum::<f64>() / figures.len().max(1) as f64
+}
+
+/// The mean of the middle half.
+fn midmean(mut figures: Vec<f64>) -> f64 {
+    figures.sort_unstable_by(f64::total_cmp);
+    let quarter = figures.len() / 4;
+    mean(&figures[quarter..figures.len() - quarter])
+}
+
+/// How many iterations of `cost_ns` each fill `time`.
+pub fn iterations(time: Duration, cost_ns: f64, most: u32) -> u32 {
+    ((time.as_nanos() as f64 / cost_ns.max(1.0)) as u32).clamp(FEWEST, most)
 }
 
 impl Figures {
     /// How many iterations fill `time`.
     pub fn iterations(&self, time: Duration, most: u32) -> u32 {
-        let cost = self.cost_ns.unwrap_or(f64::INFINITY).max(1.0);
-        ((time.as_nanos() as f64 / cost) as u32).clamp(FEWEST, most)
+        iterations(time, self.cost_ns.unwrap_or(f64::INFINITY), most)
     }
 
     /// A round's timed runs.
@@ -71,11 +85,21 @@ impl Figures {
         for time in &times {
             self.times.saturating_record(time.round() as u64);
         }
-        self.round_means.push(median_of_means(&times));
+        self.round_means.push(midmean_of_batches(&times));
         for run in runs {
             self.accesses += run.accesses;
             self.plain.exits += run.exits;
         }
+    }
+
+    /// A round's bursts: of accesses, each between two bursts of references.
+    pub fn add_references(&mut self, bursts: &[Run], references: &[Run]) {
+        let around = references
+            .windows(2)
+            .map(|pair| pair.iter().map(|run| mean(&run.timings)).sum::<f64>() / pair.len() as f64);
+        let quotients = bursts.iter().zip(around);
+        let quotients = quotients.map(|(burst, reference)| mean(&burst.timings) / reference);
+        self.round_references.push(midmean(quotients.collect()));
     }
 
     /// An untimed run: throughput, CPU time, context switches.
@@ -143,7 +167,37 @@ impl Figures {
             duplicated: self.wrong.duplicated,
             reordered: self.wrong.reordered,
             round_means_ns: self.round_means,
+            round_references: self.round_references,
             histogram: sparse(&self.times),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(ns: f64) -> Run {
+        Run {
+            timings: vec![ns; 8],
+            ..Run::default()
+        }
+    }
+
+    #[test]
+    fn quotients_take_the_references_before_and_after_a_burst() {
+        let mut figures = Figures::default();
+        // The machine slows down by half during the burst.
+        figures.add_references(&[run(300.0)], &[run(100.0), run(200.0)]);
+        assert_eq!(figures.round_references, [2.0]);
+    }
+
+    #[test]
+    fn midmean_follows_both_speeds_but_not_a_pause() {
+        let two_speeds = [2.0, 4.0].repeat(32);
+        assert_eq!(midmean_of_batches(&two_speeds), 3.0);
+        let mut paused = vec![2.0; 64];
+        paused[10] = 1e6;
+        assert_eq!(midmean_of_batches(&paused), 2.0);
     }
 }

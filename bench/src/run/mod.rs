@@ -1,6 +1,7 @@
 //! A run of the benchmark: every row once per round, forwards and backwards in turn.
 
 mod figures;
+mod hold;
 mod meter;
 mod rig;
 mod task;
@@ -21,7 +22,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, sigaction};
 use nix::unistd::Pid;
 
-use self::figures::Figures;
+use self::figures::{Figures, iterations};
 use self::rig::Rig;
 use crate::payload::Measure;
 use crate::scenarios::{Carrier, Operation, Placement, ROWS, Row};
@@ -39,6 +40,11 @@ pub(crate) const DESCRIPTORS: u64 = 24_000;
 const SETTLE: Duration = Duration::from_millis(400);
 /// The nice value that comes before all others.
 const HIGHEST_PRIORITY: i32 = -20;
+const FEWEST_BURSTS: usize = 4;
+/// Iterations that tell roughly what one costs.
+const SAMPLE: u32 = 64;
+/// Bursts of accesses and of references alternate this fast.
+const BURST: Duration = Duration::from_millis(4);
 /// Iterations that a timing buffer holds.
 const MOST: u32 = 200_000;
 
@@ -61,18 +67,50 @@ impl Options {
     fn rounds(&self) -> usize {
         self.rounds.unwrap_or(match self.mode {
             Mode::Smoke => 6,
-            Mode::Quick => 18,
-            Mode::Full => 20,
+            Mode::Quick => 10,
+            Mode::Full => 30,
         })
     }
 
     /// Time for one row in one round.
-    fn slot(&self) -> Duration {
-        Duration::from_millis(match self.mode {
-            Mode::Smoke => 8,
-            Mode::Quick => 60,
-            Mode::Full => 800,
-        })
+    fn slot(&self) -> Slot {
+        let (timed, compared, plain) = match self.mode {
+            Mode::Smoke => (4, 4, 4),
+            Mode::Quick => (26, 200, 26),
+            Mode::Full => (350, 600, 350),
+        };
+        Slot {
+            timed: Duration::from_millis(timed),
+            compared: Duration::from_millis(compared),
+            plain: Duration::from_millis(plain),
+        }
+    }
+}
+
+/// How long a row is measured in one round.
+#[derive(Debug, Clone, Copy)]
+struct Slot {
+    /// With each access timed.
+    timed: Duration,
+    /// The same for rows that claims compare, references included.
+    compared: Duration,
+    /// Untimed, for throughput.
+    plain: Duration,
+}
+
+impl Slot {
+    /// The slot of one of the row's VMs.
+    fn of(self, row: &Row) -> Self {
+        let timed = if claims::compares(row.name) {
+            self.compared
+        } else {
+            self.timed
+        };
+        Self {
+            timed: timed / row.vms,
+            plain: self.plain / row.vms,
+            ..self
+        }
     }
 }
 
@@ -150,7 +188,7 @@ pub fn run(options: &Options) -> Result<(Results, Vec<PathBuf>)> {
             let entry = &mut entries[at];
             bar.set_message(entry.row.name);
             let had_failed = entry.failed.is_some();
-            entry.measure(program.as_ref(), &cpus, slot);
+            entry.measure(program.as_ref(), &cpus, slot.of(entry.row));
             if let Some(error) = entry.failed.as_ref().filter(|_| !had_failed) {
                 bar.suspend(|| eprintln!("{}: {}", entry.row.name, reason(error)));
             }
@@ -300,7 +338,7 @@ impl Entry {
     }
 
     /// Measures the row once, unless that has failed before.
-    fn measure(&mut self, program: Option<&Arc<Program>>, cpus: &Cpus, slot: Duration) {
+    fn measure(&mut self, program: Option<&Arc<Program>>, cpus: &Cpus, slot: Slot) {
         if self.failed.is_some() {
             return;
         }
@@ -317,8 +355,13 @@ impl Entry {
         }
     }
 
-    fn measure_floor(&mut self, cpus: &Cpus, slot: Duration) -> Result<()> {
-        let mut trips = floors::ping_pong(self.row.carrier, cpus.vcpus[0], cpus.vcpus[1], slot)?;
+    fn measure_floor(&mut self, cpus: &Cpus, slot: Slot) -> Result<()> {
+        let mut trips = floors::ping_pong(
+            self.row.carrier,
+            cpus.vcpus[0],
+            cpus.vcpus[1],
+            slot.timed + slot.plain,
+        )?;
         self.figures.add_plain(&trips);
         trips.accesses = 0;
         self.figures.add_round(&[trips]);
@@ -329,7 +372,7 @@ impl Entry {
         &mut self,
         program: Option<&Arc<Program>>,
         cpus: &Cpus,
-        slot: Duration,
+        slot: Slot,
     ) -> Result<()> {
         if self.rigs.is_empty() {
             let began = Instant::now();
@@ -339,29 +382,35 @@ impl Entry {
             }
             tracing::debug!(row = self.row.name, took = ?began.elapsed(), "set up");
         }
-        let share = slot / self.row.vms;
         let mut timed = Vec::new();
         for rig in &mut self.rigs {
             if self.figures.cost_ns.is_none() {
-                let run = rig.run(Measure::Timed, 64)?;
-                self.figures.cost_ns = Some(run.wall.as_nanos() as f64 / 64.0);
+                let run = rig.run(Measure::Timed, SAMPLE)?;
+                self.figures.cost_ns = Some(run.wall.as_nanos() as f64 / f64::from(SAMPLE));
             }
             // Warm up again: caches, and the scheduler's idea of who runs where.
-            rig.run(Measure::Plain, self.figures.iterations(share / 16, MOST))?;
+            rig.run(
+                Measure::Plain,
+                self.figures.iterations(slot.plain / 7, MOST),
+            )?;
+            if claims::compares(self.row.name) {
+                timed.extend(referenced(rig, &mut self.figures, slot.timed)?);
+            } else {
+                let n = self
+                    .figures
+                    .iterations(slot.timed, MOST)
+                    .max(self.row.doorbells);
+                let run = rig.run(Measure::Timed, n)?;
+                self.figures.cost_ns = Some(run.wall.as_nanos() as f64 / f64::from(n));
+                timed.push(run);
+            }
             let n = self
                 .figures
-                .iterations(share * 7 / 16, MOST)
-                .max(self.row.doorbells);
-            let run = rig.run(Measure::Timed, n)?;
-            self.figures.cost_ns = Some(run.wall.as_nanos() as f64 / f64::from(n));
-            timed.push(run);
-            let n = self
-                .figures
-                .iterations(share * 7 / 16, MOST)
+                .iterations(slot.plain, MOST)
                 .max(self.row.doorbells);
             self.figures.add_plain(&rig.run(Measure::Plain, n)?);
             if paces(self.row) {
-                let n = self.figures.iterations(share / 32, 400);
+                let n = self.figures.iterations(slot.plain / 14, 400);
                 self.figures.add_latencies(&rig.latencies(n)?);
             }
             self.figures.add_wrong(rig.wrong()?);
@@ -369,6 +418,24 @@ impl Entry {
         self.figures.add_round(&timed);
         Ok(())
     }
+}
+
+/// Bursts of accesses in turn with bursts of references.
+fn referenced(rig: &mut Rig, figures: &mut Figures, time: Duration) -> Result<Vec<Run>> {
+    let ns = |run: &Run, n: u32| run.wall.as_nanos() as f64 / f64::from(n);
+    let n = figures.iterations(BURST, MOST).max(rig.doorbells());
+    let reference = ns(&rig.reference(SAMPLE)?, SAMPLE);
+    let of_references = iterations(BURST, reference, MOST);
+    let mut references = vec![rig.reference(of_references)?];
+    let mut runs = Vec::new();
+    let began = Instant::now();
+    while runs.len() < FEWEST_BURSTS || began.elapsed() < time {
+        runs.push(rig.run(Measure::Timed, n)?);
+        references.push(rig.reference(of_references)?);
+    }
+    figures.cost_ns = runs.last().map(|run| ns(run, n));
+    figures.add_references(&runs, &references);
+    Ok(runs)
 }
 
 /// Whether the time until the device sees a ring is measured.

@@ -200,25 +200,50 @@ impl Rig {
         Ok(served)
     }
 
-    /// Runs `n` iterations on each vCPU and waits until the devices have seen them.
-    pub fn run(&mut self, measure: Measure, n: u32) -> Result<Run> {
-        let firsts = self.next;
+    /// Times `n` reference accesses on each vCPU: `CPUID`, which has nothing to do with devices.
+    /// Device tasks stand still meanwhile, since polling slows a CPU of the same core.
+    pub fn reference(&mut self, n: u32) -> Result<Run> {
+        self.load(Measure::Reference, n)?;
+        let tasks = self.served.iter().filter_map(|served| served.task.as_ref());
+        let _held: Vec<_> = tasks.map(Task::hold).collect::<Result<_>>()?;
+        let (wall, _) = self.drive()?;
+        Ok(Run {
+            wall,
+            timings: self.timings()?,
+            ..Run::default()
+        })
+    }
+
+    fn load(&self, measure: Measure, n: u32) -> Result<()> {
         for (index, vcpu) in (0..).zip(&self.vcpus) {
-            let program = payload::program(&self.row, measure, index, firsts[index as usize], n);
+            let first = self.next[index as usize];
+            let program = payload::program(&self.row, measure, index, first, n);
             self.guest.reload(vcpu.fd(), index.into(), &program)?;
         }
+        Ok(())
+    }
+
+    fn timings(&self) -> Result<Vec<f64>> {
+        let mut timings = Vec::new();
+        for index in 0..self.vcpus.len() as u64 {
+            let ticks = self.guest.timings(index)?;
+            timings.extend(ticks.into_iter().map(|ticks| self.clock.ns(ticks.into())));
+        }
+        Ok(timings)
+    }
+
+    /// Runs `n` iterations on each vCPU and waits until the devices have seen them.
+    pub fn run(&mut self, measure: Measure, n: u32) -> Result<Run> {
+        let first = self.next[0];
+        self.load(measure, n)?;
         let exits = |vcpus: &[Vcpu]| vcpus.iter().map(|vcpu| vcpu.stats().exits).sum::<u64>();
         let exits_before = exits(&self.vcpus);
         let device_before = self.device_cost()?;
         let (wall, vcpu) = self.drive()?;
         self.note_sent(n);
         self.settle()?;
-        let mut timings = Vec::new();
-        for index in 0..self.vcpus.len() as u64 {
-            let ticks = self.guest.timings(index)?;
-            timings.extend(ticks.into_iter().map(|ticks| self.clock.ns(ticks.into())));
-        }
-        self.check_log(firsts[0], n)?;
+        let timings = self.timings()?;
+        self.check_log(first, n)?;
         Ok(Run {
             accesses: u64::from(n) * self.vcpus.len() as u64,
             wall,
@@ -227,6 +252,11 @@ impl Rig {
             exits: exits(&self.vcpus) - exits_before,
             timings,
         })
+    }
+
+    /// Doorbells registered; each shall be rung once at least.
+    pub fn doorbells(&self) -> u32 {
+        self.row.doorbells
     }
 
     /// Rings `n` times, each after the one before has been seen; returns how long the device

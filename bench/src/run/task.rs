@@ -15,6 +15,7 @@ use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{Pid, gettid};
 use serde::{Deserialize, Serialize};
 
+use super::hold::{Held, hold};
 use super::meter::{Check, Meter, Seen};
 use crate::scenarios::{Operation, Wait};
 
@@ -103,6 +104,7 @@ pub struct Thread {
     handle: JoinHandle<Result<Stats>>,
     meter: Meter,
     id: Pid,
+    polls: bool,
 }
 
 /// A device task in a process.
@@ -148,6 +150,7 @@ impl Task {
             handle,
             meter,
             id,
+            polls: wait == Wait::Poll,
         }))
     }
 
@@ -199,6 +202,14 @@ impl Task {
                 process.say(&(ends, finals))?;
                 process.hear()
             }
+        }
+    }
+
+    /// Holds it if it polls: a task that sleeps keeps no CPU busy.
+    pub fn hold(&self) -> Result<Option<Held>> {
+        match self {
+            Self::Thread(task) if task.polls => hold(task.id).map(Some),
+            _ => Ok(None),
         }
     }
 

@@ -123,6 +123,7 @@ impl Assembler {
                 }
                 self.prepare_value(4, *value)
             }
+            Op::Cpuid => Ok(self.asm.xor(eax, eax)?),
             Op::Repeat { .. } | Op::Timed(_) => Ok(()),
         }
     }
@@ -219,6 +220,8 @@ impl Assembler {
                 asm.cmp(dword_ptr(cell_at(*cell)), ebx)?;
                 asm.jne(spin)?;
             }
+            // Registers that every operation loads anew.
+            Op::Cpuid => self.asm.cpuid()?,
             Op::Repeat { n, body } => self.repeat(*n, body)?,
             Op::Timed(body) => self.timed(body)?,
         }

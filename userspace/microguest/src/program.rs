@@ -66,6 +66,7 @@ pub(crate) enum Op {
         cell: u32,
         value: Value,
     },
+    Cpuid,
     Repeat {
         n: u32,
         body: Vec<Op>,
@@ -261,6 +262,12 @@ impl Program {
                 step,
             },
         });
+        self
+    }
+
+    /// Executes `CPUID`: a way into KVM and back that no device has a part in.
+    pub fn cpuid(&mut self) -> &mut Self {
+        self.ops.push(Op::Cpuid);
         self
     }
 

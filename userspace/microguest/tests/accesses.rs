@@ -33,6 +33,24 @@ fn empty_program_halts() {
 }
 
 #[test]
+fn cpuid_leaves_loops_times_and_values_alone() {
+    let mut program = Program::new();
+    program.repeat(3, |p| {
+        p.timed(|p| {
+            p.cpuid();
+        });
+        p.write_counter(Mmio, MMIO_BASE, 4, 7, 1);
+    });
+    let vm = MicroVm::new(DEFAULT_RAM).unwrap();
+    let mut vcpu = vm.vcpu(0, &program).unwrap();
+    let values = [7_u32, 8, 9].map(|value| written(Mmio, MMIO_BASE, &value.to_le_bytes()));
+    assert_eq!(run(&mut vcpu), values);
+    let timings = vm.timings(0).unwrap();
+    assert_eq!(timings.len(), 3);
+    assert!(timings.iter().all(|ticks| *ticks > 0), "{timings:?}");
+}
+
+#[test]
 fn writes_of_every_width_arrive_with_their_bytes() {
     for (bus, addr, sizes) in [
         (Mmio, MMIO_BASE, &[1, 2, 4, 8][..]),
