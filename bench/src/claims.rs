@@ -182,6 +182,12 @@ pub const CLAIMS: &[ClaimDef] = &[
         ),
     },
     ClaimDef {
+        id: "ioeventfd-10k-doorbells-vs-1",
+        text: "the same with plain ioeventfds: what KVM's own search among them adds",
+        bar: Bar::None,
+        how: How::Ratio("ioeventfd/posted@10000", "ioeventfd/posted@1"),
+    },
+    ClaimDef {
         id: "ebpf-bystander",
         text: "cost added to a userspace exit of another VM while the program is attached / a userspace exit",
         bar: Bar::AtMost(0.05),

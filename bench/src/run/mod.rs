@@ -32,9 +32,8 @@ pub(crate) use rig::Run;
 pub use task::device_process;
 pub(crate) use task::{Cost, pin};
 
-/// Descriptors for 10,000 plain ioeventfds, one on the VMM's and one on the device's side, and for
-/// all else.
-pub(crate) const DESCRIPTORS: u64 = 24_000;
+/// Descriptors for 10,000 plain ioeventfds and for all else.
+pub(crate) const DESCRIPTORS: u64 = 12_000;
 /// How long to wait after the program was attached or detached: the kernel tidies up in the
 /// background, which the next row would pay for.
 const SETTLE: Duration = Duration::from_millis(400);

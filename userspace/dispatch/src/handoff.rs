@@ -7,6 +7,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 use ioregion_abi::Size;
 use ioregion_abi::wire::Layout;
@@ -86,7 +87,10 @@ const SINKS: [Sink; 2] = [Sink::Ioeventfd, Sink::Coalesced];
 /// [`HandoffError::Frame`], among others for an end that is too large. The receiver
 /// may then have a part of the descriptors, which it closes.
 pub fn send(socket: &UnixStream, end: DeviceEnd) -> Result<(), HandoffError> {
-    let (description, fds) = take_apart(end);
+    let (description, fds) = take_apart(end).map_err(|error| HandoffError::Descriptor {
+        what: "eventfds",
+        error,
+    })?;
     Ok(frame::send(socket, &description, &fds, MAX_DESCRIPTION)?)
 }
 
@@ -103,7 +107,7 @@ pub fn recv(socket: &UnixStream) -> Result<DeviceEnd, HandoffError> {
     put_together(description, fds)
 }
 
-fn take_apart(end: DeviceEnd) -> (Description, Vec<OwnedFd>) {
+fn take_apart(end: DeviceEnd) -> io::Result<(Description, Vec<OwnedFd>)> {
     let transport = end.wire.transport().name().to_owned();
     let mut fds = end.wire.into_fds();
     let wire_fds = fds.len() as u32;
@@ -115,7 +119,10 @@ fn take_apart(end: DeviceEnd) -> (Description, Vec<OwnedFd>) {
                 let mut doorbells = Vec::new();
                 for bell in eventfds.doorbells {
                     doorbells.push((bell.index, (bell.offset, bell.size.bytes()), bell.value));
-                    fds.push(bell.eventfd);
+                    fds.push(match Arc::try_unwrap(bell.eventfd) {
+                        Ok(eventfd) => eventfd,
+                        Err(shared) => shared.try_clone()?,
+                    });
                 }
                 SourceDescription::Eventfds {
                     user_data,
@@ -152,7 +159,7 @@ fn take_apart(end: DeviceEnd) -> (Description, Vec<OwnedFd>) {
         .map(|(user_data, bells)| (*user_data, bells.iter().map(describe).collect()))
         .collect();
     let v3 = end.layout == Layout::V3;
-    (
+    Ok((
         Description {
             transport,
             v3,
@@ -161,7 +168,7 @@ fn take_apart(end: DeviceEnd) -> (Description, Vec<OwnedFd>) {
             regions,
         },
         fds,
-    )
+    ))
 }
 
 fn place<T: PartialEq>(table: &[T], value: T) -> u8 {
@@ -180,9 +187,7 @@ fn put_together(description: Description, fds: Vec<OwnedFd>) -> Result<DeviceEnd
             .ok_or(Mismatch("fewer descriptors than described"))
     };
 
-    let transport = Transport::ALL
-        .into_iter()
-        .find(|t| t.name() == description.transport);
+    let transport = Transport::named(&description.transport);
     let transport = transport.ok_or(Mismatch("unknown transport"))?;
     let wire_fds = (0..description.wire_fds)
         .map(|_| next())
@@ -203,7 +208,7 @@ fn put_together(description: Description, fds: Vec<OwnedFd>) -> Result<DeviceEnd
             } => {
                 let doorbells = (doorbells.into_iter())
                     .map(|(index, (offset, bytes), value)| {
-                        let (eventfd, size) = (next()?, size(bytes)?);
+                        let (eventfd, size) = (Arc::new(next()?), size(bytes)?);
                         Ok(EventDoorbell {
                             eventfd,
                             index,

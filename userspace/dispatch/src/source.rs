@@ -3,6 +3,7 @@
 use std::io;
 use std::mem::offset_of;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ioregion_abi::Size;
@@ -107,8 +108,8 @@ pub(crate) const NUDGE: u64 = 1 << 32;
 /// An eventfd that KVM signals for one doorbell.
 #[derive(Debug)]
 pub struct EventDoorbell {
-    /// The eventfd.
-    pub eventfd: OwnedFd,
+    /// The eventfd, whose descriptor the VMM may share.
+    pub eventfd: Arc<OwnedFd>,
     /// Index of the doorbell in its region's list.
     pub index: u32,
     /// Byte offset in the region.

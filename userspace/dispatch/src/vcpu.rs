@@ -277,13 +277,10 @@ impl Vcpu {
                     let tables = self.vm.shared().tables();
                     VmShared::find(&tables, access.bus, access.addr, access.size).cloned()
                 };
-                let Some(entry) = entry else {
-                    exit.offered = true;
-                    self.exit = Some(exit);
-                    self.answer = None;
-                    return Ok(Some(Exit::Unclaimed(access)));
-                };
-                entry.carrier.carry(&access, &mut self.waiter)?
+                match entry {
+                    Some(entry) => entry.carrier.carry(&access, &mut self.waiter)?,
+                    None => Carried::Unclaimed,
+                }
             };
             match carried {
                 Carried::Done(data) => {
@@ -296,6 +293,12 @@ impl Vcpu {
                     self.exit = Some(exit.advance(access.size));
                 }
                 Carried::Retry => {}
+                Carried::Unclaimed => {
+                    exit.offered = true;
+                    self.exit = Some(exit);
+                    self.answer = None;
+                    return Ok(Some(Exit::Unclaimed(access)));
+                }
                 Carried::Interrupted => return Ok(Some(self.interrupted())),
             }
         }

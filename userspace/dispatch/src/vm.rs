@@ -11,7 +11,7 @@ use kvm_ioctls::VmFd;
 
 use crate::ebpf::{Program, ProgramCounters, VmProgram};
 use crate::error::{RegionError, RegionErrorKind};
-use crate::mechanism::{Carrier, Mechanism, Placed, RegionId};
+use crate::mechanism::{Carrier, Mechanism, Native, Placed, RegionId};
 use crate::region::{Doorbell, Region};
 use crate::server::DeviceEnd;
 use crate::source::DoorbellSource;
@@ -52,6 +52,7 @@ pub struct VmShared {
     events: EventSender,
     received: Mutex<Receiver<Event>>,
     program: Option<Arc<VmProgram>>,
+    native: Native,
 }
 
 #[derive(Debug)]
@@ -188,8 +189,10 @@ impl Vm {
         region.check()?;
         let mut tables = self.shared.tables_mut();
         // KVM refuses a second ioeventfd with the same match, so the old one goes first.
-        self.shared.take_out(&mut tables, region, false)?;
-        let (entry, assigned) = self.place(region, mechanism)?;
+        let old = self.shared.take_out(&mut tables, region, false)?;
+        let placed = self.place(region, mechanism);
+        old.carrier.replaced();
+        let (entry, assigned) = placed?;
         tables[region.bus as usize].insert(region.base, entry);
         Ok(assigned)
     }
@@ -201,8 +204,8 @@ impl Vm {
     ///
     /// `ENOENT` if there is no such region.
     pub fn remove(&self, region: &Region) -> Result<(), RegionError> {
-        self.shared
-            .take_out(&mut self.shared.tables_mut(), region, true)
+        let mut tables = self.shared.tables_mut();
+        self.shared.take_out(&mut tables, region, true).map(drop)
     }
 
     fn place(
@@ -260,6 +263,7 @@ impl VmShared {
             events: EventSender(sender),
             received: Mutex::new(receiver),
             program,
+            native: Native::default(),
         }
     }
 
@@ -273,6 +277,11 @@ impl VmShared {
 
     pub(crate) fn program(&self) -> Option<&Arc<VmProgram>> {
         self.program.as_ref()
+    }
+
+    /// The regions that KVM carries itself.
+    pub(crate) fn native(&self) -> &Native {
+        &self.native
     }
 
     pub(crate) fn tables(&self) -> RwLockReadGuard<'_, Tables> {
@@ -289,14 +298,14 @@ impl VmShared {
         tables: &mut Tables,
         region: &Region,
         abandon: bool,
-    ) -> Result<(), RegionError> {
+    ) -> Result<Arc<Entry>, RegionError> {
         let old = find_exact(&tables[region.bus as usize], region)?;
         self.unsink(&old);
         // What the ring still holds was written to the old region, which must be there for it.
         self.drain_ring(tables);
         tables[region.bus as usize].remove(&region.base);
         old.carrier.retire(abandon);
-        Ok(())
+        Ok(old)
     }
 
     /// The region that holds the whole access.

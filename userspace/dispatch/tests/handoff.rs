@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use common::{FakeMaps, command, read, recv, send};
@@ -61,7 +61,7 @@ fn end(
     let theirs = |eventfd: &EventFd| eventfd.as_fd().try_clone_to_owned().unwrap();
     let eventfds: Vec<_> = (0..count).map(|_| EventFd::new().unwrap()).collect();
     let doorbells = (0..).zip(&eventfds).map(|(index, eventfd)| EventDoorbell {
-        eventfd: theirs(eventfd),
+        eventfd: Arc::new(theirs(eventfd)),
         index,
         offset: u64::from(index) * 4,
         size: Size::B4,

@@ -106,7 +106,7 @@ fn eventfd() -> (EventFd, OwnedFd) {
 
 fn bell(eventfd: OwnedFd, index: u32, value: Option<u64>) -> EventDoorbell {
     EventDoorbell {
-        eventfd,
+        eventfd: Arc::new(eventfd),
         index,
         offset: u64::from(index) * 4,
         size: Size::B4,

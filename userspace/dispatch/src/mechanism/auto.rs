@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Assignment, Ebpf, Forward, Ioeventfd, Mechanism, Placed};
+use super::{Assignment, Ebpf, Forward, Ioeventfd, Ioregionfd, Mechanism, Placed};
 use crate::channel::Channel;
 use crate::error::RegionError;
 use crate::vm::VmShared;
@@ -36,34 +36,40 @@ impl Mechanism for Auto {
         let value_is_known = doorbells
             .iter()
             .all(|doorbell| doorbell.datamatch.is_some() && doorbell.is_full_match());
-        let (mechanism, reason): (Box<dyn Mechanism>, _) = if doorbells.is_empty() {
-            (
-                Box::new(Forward::new(&self.channel)),
-                "the region has no doorbells",
-            )
-        } else if vm.program().is_some() {
-            (
-                Box::new(Ebpf::new(&self.channel)),
-                "the eBPF program is loaded and carries values",
-            )
-        } else if value_is_known {
-            (
-                Box::new(Ioeventfd::new(&self.channel)),
-                "no eBPF program; the doorbells match whole values, so no value is lost",
-            )
-        } else {
-            (
-                Box::new(Forward::new(&self.channel)),
-                "no eBPF program, and an ioeventfd would lose the doorbells' values",
-            )
-        };
+        let native = super::ioregionfd::missing(vm.vm());
+        let native = native.or_else(|| self.channel.unfit_for_kernel().map(str::to_owned));
+        let (mechanism, reason): (Box<dyn Mechanism>, _) =
+            if !doorbells.is_empty() && vm.program().is_some() {
+                (
+                    Box::new(Ebpf::new(&self.channel)),
+                    "the eBPF program is loaded and carries values",
+                )
+            } else if !doorbells.is_empty() && value_is_known {
+                (
+                    Box::new(Ioeventfd::new(&self.channel)),
+                    "no eBPF program; the doorbells match whole values, so no value is lost",
+                )
+            } else if native.is_none() {
+                (
+                    Box::new(Ioregionfd::new(&self.channel)),
+                    "KVM speaks to the device task itself",
+                )
+            } else if doorbells.is_empty() {
+                (
+                    Box::new(Forward::new(&self.channel)),
+                    "the region has no doorbells",
+                )
+            } else {
+                (
+                    Box::new(Forward::new(&self.channel)),
+                    "no eBPF program, and an ioeventfd would lose the doorbells' values",
+                )
+            };
         let mut assignment = mechanism.assign(vm, placed)?;
-        let ioregionfd = match crate::sys::kvm::has_ioregion(vm.vm()) {
-            Ok(false) => "this kernel has no KVM_SET_IOREGION",
-            Ok(true) => "this library does not use KVM_SET_IOREGION yet",
-            Err(_) => "KVM_SET_IOREGION cannot be probed",
+        assignment.reason = match native {
+            Some(native) => format!("{reason}; not ioregionfd: {native}"),
+            None => reason.to_owned(),
         };
-        assignment.reason = format!("{reason}; not ioregionfd: {ioregionfd}");
         tracing::debug!(
             region = %placed.id, mechanism = assignment.mechanism, reason = assignment.reason, "chosen"
         );

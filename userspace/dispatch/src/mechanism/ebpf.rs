@@ -9,14 +9,14 @@ use ioregion_abi::bpf::{MatchEntry, MatchKey, SlotBlock};
 use kvm_ioctls::VmFd;
 
 use super::forward::{WirePath, check_channel};
-use super::ioeventfd::{EventfdSinks, eventfd, sink_error};
+use super::ioeventfd::{EventfdSinks, eventfd, nudge, sink_error};
 use super::{Assignment, Carried, Carrier, Mechanism, Placed};
 use crate::channel::Channel;
 use crate::device::BusAccess;
 use crate::ebpf::{PortFds, TableEntry, VmProgram};
 use crate::error::{RegionError, RegionErrorKind as Kind};
 use crate::region::{Delivery, Doorbell, Region, Sink, Wake};
-use crate::source::{DoorbellSource, NUDGE, Port, PortParts, SlotDoorbell};
+use crate::source::{DoorbellSource, Port, PortParts, SlotDoorbell};
 use crate::sys::kvm;
 use crate::vm::VmShared;
 use crate::waiter::Waiter;
@@ -259,7 +259,7 @@ impl Parts {
         }
         if let Some(eventfd) = eventfd {
             // What was captured since the sinks went has woken nobody.
-            let _ = eventfd.write(NUDGE);
+            nudge(&eventfd);
         }
         any
     }

@@ -2,7 +2,7 @@
 //! doorbell is forwarded.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_ioctls::VmFd;
@@ -55,10 +55,10 @@ impl Mechanism for Ioeventfd {
             if !doorbell.is_full_match() || doorbell.delivery == crate::Delivery::Fifo {
                 continue;
             }
-            let added = eventfd().and_then(|eventfd| {
-                let kept = eventfd.as_fd().try_clone_to_owned()?;
-                sinks.add(vm.vm(), region, doorbell, Arc::new(eventfd))?;
-                Ok(kept)
+            // One descriptor for both sides: regions may have thousands of doorbells.
+            let added = eventfd().map(Arc::new).and_then(|eventfd| {
+                sinks.add(vm.vm(), region, doorbell, Arc::clone(&eventfd))?;
+                Ok(eventfd)
             });
             match added {
                 Ok(eventfd) => doorbells.push(EventDoorbell {
@@ -96,9 +96,9 @@ impl Mechanism for Ioeventfd {
     }
 }
 
-pub(crate) fn eventfd() -> io::Result<EventFd> {
+pub(crate) fn eventfd() -> io::Result<OwnedFd> {
     let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-    Ok(EventFd::from_value_and_flags(0, flags)?)
+    Ok(EventFd::from_value_and_flags(0, flags)?.into())
 }
 
 pub(crate) fn sink_error(what: &'static str, error: io::Error) -> RegionErrorKind {
@@ -108,9 +108,15 @@ pub(crate) fn sink_error(what: &'static str, error: io::Error) -> RegionErrorKin
     }
 }
 
+/// Wakes the task that an eventfd belongs to in KVM's place.
+pub(crate) fn nudge(eventfd: &OwnedFd) {
+    // Refused only by a full counter, which wakes as well.
+    let _ = nix::unistd::write(eventfd, &NUDGE.to_ne_bytes());
+}
+
 /// The ioeventfds of one region.
 #[derive(Debug, Default)]
-pub(crate) struct EventfdSinks(Vec<(kvm::Ioeventfd, Arc<EventFd>)>);
+pub(crate) struct EventfdSinks(Vec<(kvm::Ioeventfd, Arc<OwnedFd>)>);
 
 impl EventfdSinks {
     pub(crate) fn add(
@@ -118,7 +124,7 @@ impl EventfdSinks {
         vm: &VmFd,
         region: &Region,
         doorbell: &Doorbell,
-        eventfd: Arc<EventFd>,
+        eventfd: Arc<OwnedFd>,
     ) -> io::Result<()> {
         let what = kvm::Ioeventfd {
             bus: region.bus,
@@ -136,15 +142,14 @@ impl EventfdSinks {
     }
 
     /// The eventfd that all doorbells share.
-    pub(crate) fn shared(&self) -> Option<Arc<EventFd>> {
+    pub(crate) fn shared(&self) -> Option<Arc<OwnedFd>> {
         self.0.first().map(|(_, eventfd)| Arc::clone(eventfd))
     }
 
     /// Wakes the task in KVM's place, where all doorbells share one eventfd.
     pub(crate) fn nudge(&self) {
         if let Some((_, eventfd)) = self.0.first() {
-            // Refused only by a full counter, which wakes as well.
-            let _ = eventfd.write(NUDGE);
+            nudge(eventfd);
         }
     }
 

@@ -7,12 +7,14 @@
 //! | [`Forward`] | a command over a channel | a command and its response |
 //! | [`Ioeventfd`] | KVM signals an eventfd; the value is lost | as `forward` |
 //! | [`Ebpf`] | value in a slot, no exit | as `forward` |
+//! | [`Ioregionfd`] | a command that KVM sends, no exit | a command of KVM's and its response |
 //! | [`Auto`] | the best of these that the host offers | |
 
 mod auto;
 mod ebpf;
 mod forward;
 mod ioeventfd;
+mod ioregionfd;
 mod kvm_run;
 
 use std::fmt;
@@ -29,6 +31,8 @@ pub use ebpf::Ebpf;
 pub(crate) use ebpf::entries as ebpf_entries_for_tests;
 pub use forward::Forward;
 pub use ioeventfd::Ioeventfd;
+pub use ioregionfd::Ioregionfd;
+pub(crate) use ioregionfd::Native;
 pub use kvm_run::KvmRun;
 
 use crate::device::BusAccess;
@@ -134,6 +138,8 @@ pub enum Carried {
     Interrupted,
     /// The region has gone: dispatch the access anew.
     Retry,
+    /// It left the guest before KVM had the region, as if there were none.
+    Unclaimed,
 }
 
 /// Carries one region's accesses that exited to user space.
@@ -155,6 +161,9 @@ pub(crate) trait Carrier: Send + Sync + fmt::Debug {
     /// Ends the region; accesses under way are settled. With `abandon`, also those that a
     /// device is working on.
     fn retire(&self, abandon: bool);
+
+    /// The region has a new carrier, or none, after [`retire`](Self::retire) without `abandon`.
+    fn replaced(&self) {}
 
     /// Gives up the in-kernel parts (sinks, program entries) so that accesses exit from now on.
     /// Called before [`retire`](Self::retire), while the region still carries. Returns whether

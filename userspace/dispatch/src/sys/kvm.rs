@@ -1,10 +1,13 @@
 //! KVM requests that kvm-ioctls cannot express.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use ioregion_abi::Bus;
-use ioregion_abi::kvm::{KVM_IOEVENTFD, KVM_SET_IOREGION, KvmIoregion};
+use ioregion_abi::kvm::{
+    KVM_CAP_IOREGIONFD, KVM_CHECK_EXTENSION, KVM_CREATE_IOREGIONFD, KVM_IOEVENTFD,
+    KVM_SET_IOREGION, KvmIoregion, KvmIoregionfd,
+};
 use kvm_bindings::{
     kvm_coalesced_mmio_zone, kvm_coalesced_mmio_zone__bindgen_ty_1 as ZoneBus, kvm_ioeventfd,
     kvm_ioeventfd_flag_nr_datamatch as FLAG_DATAMATCH,
@@ -121,22 +124,59 @@ pub(crate) fn set_signal_mask(vcpu: &VcpuFd, mask: &SigSet) -> io::Result<()> {
     check(unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_SET_SIGNAL_MASK, &raw const request) })
 }
 
-/// Whether this kernel knows `KVM_SET_IOREGION`: flags that no revision defines must be refused
-/// with `EINVAL`, where other kernels answer `ENOTTY`.
-pub(crate) fn has_ioregion(vm: &VmFd) -> io::Result<bool> {
+/// Revision of this kernel's `KVM_SET_IOREGION`; `None` if it has none.
+///
+/// The capability's number is an out-of-tree one that a later kernel may give to something else,
+/// so the request itself must be known, too: flags that no revision defines are refused with
+/// `EINVAL`, where other kernels answer `ENOTTY`.
+pub(crate) fn ioregion_revision(vm: &VmFd) -> io::Result<Option<i32>> {
+    // SAFETY: The request takes a number.
+    let revision = unsafe { libc::ioctl(vm.as_raw_fd(), KVM_CHECK_EXTENSION, KVM_CAP_IOREGIONFD) };
+    check(revision)?;
+    if revision == 0 {
+        return Ok(None);
+    }
     let request = KvmIoregion {
         flags: u32::MAX,
         read_fd: -1,
         write_fd: -1,
         ..Default::default()
     };
-    // SAFETY: The request number belongs to this struct, which KVM only reads.
-    match check(unsafe { libc::ioctl(vm.as_raw_fd(), KVM_SET_IOREGION, &raw const request) }) {
+    match set_ioregion(vm, &request) {
         Ok(()) => Err(io::Error::other("KVM_SET_IOREGION accepts undefined flags")),
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(true),
-        Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => Ok(false),
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(Some(revision)),
+        Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+/// Assigns, modifies or removes a region.
+pub(crate) fn set_ioregion(vm: &VmFd, request: &KvmIoregion) -> io::Result<()> {
+    // SAFETY: The request number belongs to this struct, which KVM only reads.
+    check(unsafe {
+        libc::ioctl(
+            vm.as_raw_fd(),
+            KVM_SET_IOREGION,
+            std::ptr::from_ref(request),
+        )
+    })
+}
+
+/// Makes a purpose-made channel: KVM's end and the device's end.
+pub(crate) fn create_ioregionfd(vm: &VmFd) -> io::Result<(OwnedFd, OwnedFd)> {
+    let mut made = KvmIoregionfd {
+        kvm_fd: -1,
+        device_fd: -1,
+    };
+    // SAFETY: The request number belongs to this struct, which KVM fills in.
+    check(unsafe { libc::ioctl(vm.as_raw_fd(), KVM_CREATE_IOREGIONFD, &raw mut made) })?;
+    // SAFETY: KVM has just made both, and nobody else knows them.
+    Ok(unsafe {
+        (
+            OwnedFd::from_raw_fd(made.kvm_fd),
+            OwnedFd::from_raw_fd(made.device_fd),
+        )
+    })
 }
 
 fn check(ret: libc::c_int) -> io::Result<()> {

@@ -246,6 +246,10 @@ impl Wire for Socket {
 
     fn finish_sleep(&mut self) {}
 
+    fn kernel_files(&self) -> Option<[BorrowedFd<'_>; 2]> {
+        Some([self.fd.as_fd(), self.fd.as_fd()])
+    }
+
     fn into_fds(self: Box<Self>) -> Vec<OwnedFd> {
         vec![self.fd]
     }
@@ -346,6 +350,10 @@ impl Wire for Files {
     }
 
     fn finish_sleep(&mut self) {}
+
+    fn kernel_files(&self) -> Option<[BorrowedFd<'_>; 2]> {
+        Some([self.read.as_fd(), self.write.as_fd()])
+    }
 
     fn into_fds(self: Box<Self>) -> Vec<OwnedFd> {
         vec![self.read, self.write]

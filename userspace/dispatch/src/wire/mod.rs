@@ -10,9 +10,11 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use nix::poll::PollFlags;
 
 pub(crate) mod files;
+pub mod ioregionfd;
 pub mod mailbox;
 
 pub use files::{Files, Socket};
+pub use ioregionfd::Ioregionfd;
 pub use mailbox::Mailbox;
 
 /// Length of each message, in bytes; commands and responses have the same.
@@ -33,10 +35,13 @@ pub enum Transport {
     /// Messages in shared memory, an eventfd for each side to sleep on, and a pipe whose only
     /// purpose is to show that the other side is gone.
     Mailbox,
+    /// The purpose-made file of `KVM_CREATE_IOREGIONFD`: KVM has the VMM's end. See
+    /// [`Channel::purpose_made`](crate::Channel::purpose_made).
+    Ioregionfd,
 }
 
 impl Transport {
-    /// All transports.
+    /// The transports that [`pair`] can make.
     pub const ALL: [Self; 4] = [Self::Stream, Self::Seqpacket, Self::Pipes, Self::Mailbox];
 
     /// The name used on command lines and in results.
@@ -47,7 +52,15 @@ impl Transport {
             Self::Seqpacket => "seqpacket",
             Self::Pipes => "pipes",
             Self::Mailbox => "mailbox",
+            Self::Ioregionfd => "ioregionfd",
         }
+    }
+
+    /// The transport of that [`name`](Self::name).
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        let all = Self::ALL.into_iter().chain([Self::Ioregionfd]);
+        all.into_iter().find(|transport| transport.name() == name)
     }
 }
 
@@ -125,6 +138,12 @@ pub trait Wire: Send + fmt::Debug {
     /// Says that this side is awake again (consumes the wake-up).
     fn finish_sleep(&mut self);
 
+    /// The files that KVM reads responses from and writes commands to, if it can use the VMM's end
+    /// in the VMM's place.
+    fn kernel_files(&self) -> Option<[BorrowedFd<'_>; 2]> {
+        None
+    }
+
     /// The descriptors by which this end can be rebuilt in another process, see [`from_fds`].
     fn into_fds(self: Box<Self>) -> Vec<OwnedFd>;
 }
@@ -133,7 +152,8 @@ pub trait Wire: Send + fmt::Debug {
 ///
 /// # Errors
 ///
-/// The operating system's, when it has no descriptor or memory left.
+/// The operating system's, when it has no descriptor or memory left; `InvalidInput` for
+/// [`Transport::Ioregionfd`], which only KVM makes.
 pub fn pair(transport: Transport) -> io::Result<(Box<dyn Wire>, Box<dyn Wire>)> {
     Ok(match transport {
         Transport::Stream | Transport::Seqpacket => {
@@ -148,6 +168,12 @@ pub fn pair(transport: Transport) -> io::Result<(Box<dyn Wire>, Box<dyn Wire>)> 
             let (vmm, device) = Mailbox::pair()?;
             (Box::new(vmm), Box::new(device))
         }
+        Transport::Ioregionfd => {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "a purpose-made channel comes from KVM",
+            ));
+        }
     })
 }
 
@@ -161,5 +187,6 @@ pub fn from_fds(transport: Transport, fds: Vec<OwnedFd>) -> io::Result<Box<dyn W
         Transport::Stream | Transport::Seqpacket => Box::new(Socket::from_fds(transport, fds)?),
         Transport::Pipes => Box::new(Files::from_fds(fds)?),
         Transport::Mailbox => Box::new(Mailbox::from_fds(fds)?),
+        Transport::Ioregionfd => Box::new(Ioregionfd::from_fds(fds)?),
     })
 }

@@ -1,0 +1,220 @@
+//! The purpose-made file of `KVM_CREATE_IOREGIONFD`.
+//!
+//! KVM has the VMM's end. The device's end is a file with a page in front of it
+//! ([`ioregion_abi::kvm::Mailbox`]): commands are taken from the page and answers put there, and a
+//! system call is only made to wake KVM or to sleep.
+
+use std::io;
+use std::mem::offset_of;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{Ordering, fence};
+
+use ioregion_abi::kvm::{MAILBOX_CMDS, Mailbox};
+use kvm_ioctls::VmFd;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::PollFlags;
+
+use super::{MESSAGE_LEN, Message, Transport, Try, Wire, WireError};
+use crate::sys::kvm;
+use crate::sys::mmap::Mapping;
+
+/// Length of the page.
+const PAGE: usize = 4096;
+const HEAD: usize = offset_of!(Mailbox, head);
+/// `sleeping` in the low half, `closed` in the high one.
+const STATE: usize = offset_of!(Mailbox, sleeping);
+const TAIL: usize = offset_of!(Mailbox, tail);
+const ANSWERED: usize = offset_of!(Mailbox, answered);
+const DATA: usize = offset_of!(Mailbox, data);
+const CMDS: usize = offset_of!(Mailbox, cmds);
+/// Bit of a command's first byte: KVM waits for a response.
+const RESPONSE: u8 = 1 << 6;
+
+/// The device's end.
+#[derive(Debug)]
+pub struct Ioregionfd {
+    fd: OwnedFd,
+    page: Mapping,
+    /// Commands taken out.
+    taken: u64,
+    /// Position of the command that waits for its response.
+    owed: Option<u64>,
+}
+
+/// KVM's end, as the VMM holds it: good for regions and for `poll`.
+#[derive(Debug)]
+pub(crate) struct KernelEnd(OwnedFd);
+
+/// Makes both ends.
+///
+/// # Errors
+///
+/// KVM's: `ENOTTY` where it does not know the request.
+pub(crate) fn pair(vm: &VmFd) -> io::Result<(KernelEnd, Ioregionfd)> {
+    let (kvm, device) = kvm::create_ioregionfd(vm)?;
+    Ok((KernelEnd(kvm), Ioregionfd::new(device)?))
+}
+
+impl Ioregionfd {
+    /// Takes the device's end.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidInput` if it is not one descriptor; the system's if it cannot be mapped.
+    pub fn from_fds(fds: Vec<OwnedFd>) -> io::Result<Self> {
+        let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|_| {
+            io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "a purpose-made channel is one descriptor",
+            )
+        })?;
+        Self::new(fd)
+    }
+
+    fn new(fd: OwnedFd) -> io::Result<Self> {
+        let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
+        fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        let page = Mapping::new(fd.as_fd(), 0, PAGE, true)?;
+        // An end that was used before goes on where it stopped.
+        let taken = page.word(TAIL).load(Ordering::Acquire);
+        Ok(Self {
+            fd,
+            page,
+            taken,
+            owed: None,
+        })
+    }
+
+    /// Wakes KVM if it sleeps, after a store to `tail` or `answered`.
+    fn wake(&self) -> Result<(), WireError> {
+        fence(Ordering::SeqCst);
+        if self.page.word(STATE).load(Ordering::Relaxed) as u32 == 0 {
+            return Ok(());
+        }
+        match nix::unistd::write(&self.fd, &[]) {
+            Ok(_) | Err(Errno::EINTR | Errno::EAGAIN) => Ok(()),
+            Err(errno) => Err(super::files::broken(errno)),
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.page.word(HEAD).load(Ordering::Acquire) == self.taken
+    }
+
+    fn is_closed(&self) -> bool {
+        self.page.word(STATE).load(Ordering::Acquire) >> 32 != 0
+    }
+}
+
+impl Wire for Ioregionfd {
+    fn transport(&self) -> Transport {
+        Transport::Ioregionfd
+    }
+
+    fn try_send(&mut self, message: &Message) -> Result<Try<()>, WireError> {
+        let position = self
+            .owed
+            .take()
+            .ok_or(WireError::Protocol("a response that no command asked for"))?;
+        let [data, ..] = words(message);
+        self.page.word(DATA).store(data, Ordering::Relaxed);
+        self.page
+            .word(ANSWERED)
+            .store(position + 1, Ordering::Release);
+        self.wake()?;
+        Ok(Try::Done(()))
+    }
+
+    fn try_flush(&mut self) -> Result<Try<()>, WireError> {
+        Ok(Try::Done(()))
+    }
+
+    fn try_recv(&mut self) -> Result<Try<Message>, WireError> {
+        // Before `head`: what was put in before the end is still taken.
+        let closed = self.is_closed();
+        if self.is_empty() {
+            return if closed {
+                Err(WireError::Closed)
+            } else {
+                Ok(Try::WouldBlock)
+            };
+        }
+        let start = CMDS + (self.taken as usize % MAILBOX_CMDS) * MESSAGE_LEN;
+        let mut message = [0; MESSAGE_LEN];
+        for (i, bytes) in message.chunks_exact_mut(8).enumerate() {
+            let word = self.page.word(start + 8 * i).load(Ordering::Relaxed);
+            bytes.copy_from_slice(&word.to_ne_bytes());
+        }
+        if message[0] & RESPONSE != 0 {
+            self.owed = Some(self.taken);
+        }
+        self.taken += 1;
+        self.page.word(TAIL).store(self.taken, Ordering::Release);
+        self.wake()?;
+        Ok(Try::Done(message))
+    }
+
+    fn prepare_sleep(&mut self, _to_send: bool) -> bool {
+        // KVM wakes whoever polls; nothing has to be announced.
+        self.is_empty() && !self.is_closed()
+    }
+
+    fn poll_fds(&self, _to_send: bool) -> [Option<(BorrowedFd<'_>, PollFlags)>; 3] {
+        [Some((self.fd.as_fd(), PollFlags::POLLIN)), None, None]
+    }
+
+    fn finish_sleep(&mut self) {}
+
+    fn into_fds(self: Box<Self>) -> Vec<OwnedFd> {
+        vec![self.fd]
+    }
+}
+
+fn words(message: &Message) -> [u64; MESSAGE_LEN / 8] {
+    let mut words = [0; MESSAGE_LEN / 8];
+    for (word, bytes) in words.iter_mut().zip(message.chunks_exact(8)) {
+        let mut copy = [0; 8];
+        copy.copy_from_slice(bytes);
+        *word = u64::from_ne_bytes(copy);
+    }
+    words
+}
+
+const KVM_ONLY: WireError = WireError::Protocol("only KVM speaks at this end");
+
+impl Wire for KernelEnd {
+    fn transport(&self) -> Transport {
+        Transport::Ioregionfd
+    }
+
+    fn try_send(&mut self, _: &Message) -> Result<Try<()>, WireError> {
+        Err(KVM_ONLY)
+    }
+
+    fn try_flush(&mut self) -> Result<Try<()>, WireError> {
+        Ok(Try::Done(()))
+    }
+
+    fn try_recv(&mut self) -> Result<Try<Message>, WireError> {
+        Err(KVM_ONLY)
+    }
+
+    fn prepare_sleep(&mut self, _to_send: bool) -> bool {
+        true
+    }
+
+    fn poll_fds(&self, _to_send: bool) -> [Option<(BorrowedFd<'_>, PollFlags)>; 3] {
+        [Some((self.0.as_fd(), PollFlags::empty())), None, None]
+    }
+
+    fn finish_sleep(&mut self) {}
+
+    fn kernel_files(&self) -> Option<[BorrowedFd<'_>; 2]> {
+        Some([self.0.as_fd(), self.0.as_fd()])
+    }
+
+    fn into_fds(self: Box<Self>) -> Vec<OwnedFd> {
+        vec![self.0]
+    }
+}
