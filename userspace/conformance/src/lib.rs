@@ -6,17 +6,19 @@
 pub mod checker;
 pub mod maps;
 pub mod model;
+pub mod pace;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
 use anyhow::{Context as _, Result, bail};
 use ioregion_abi::wire::Layout;
-use ioregion_dispatch::mechanism::{Auto, Ebpf, Forward, Ioeventfd, KvmRun};
+use ioregion_dispatch::mechanism::{Auto, Ebpf, Forward, Ioeventfd, Ioregionfd, KvmRun};
 use ioregion_dispatch::server::{DeviceEnd, Stats, Stop, WaitPolicy, serve};
+use ioregion_dispatch::wire::Wire;
 use ioregion_dispatch::{
     Access, Assigned, Channel, Device, Exit, Mechanism, Program as Bpf, Region, Ring, Transport,
-    Vcpu, Vm,
+    Vcpu, Vm, probe,
 };
 use ioregion_microguest::{DEFAULT_RAM, MicroVm, Program};
 
@@ -78,9 +80,11 @@ impl Recorder {
     ///
     /// # Errors
     ///
-    /// If that does not happen within ten seconds: how far it came.
+    /// If that does not happen within ten seconds, or [as many](pace::patience) as a slow machine
+    /// takes for it: how far it came.
     pub fn wait(&self, done: impl Fn(&[Told]) -> bool) -> Result<Vec<Told>> {
-        let end = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        let limit = pace::patience(std::time::Duration::from_secs(10));
+        let end = std::time::Instant::now() + limit;
         loop {
             let told = self.told();
             if done(&told) {
@@ -133,7 +137,8 @@ pub struct Kind {
     pub transport: Transport,
 }
 
-/// Every mechanism, `forward` on each of its transports.
+/// Every mechanism that needs nothing of the kernel but what released ones have, `forward` on each
+/// of its transports.
 pub const KINDS: [Kind; 8] = [
     Kind {
         name: KvmRun::NAME,
@@ -168,6 +173,45 @@ pub const KINDS: [Kind; 8] = [
         transport: Transport::Mailbox,
     },
 ];
+
+/// `ioregionfd`, on each transport that KVM can use.
+const NATIVE: [Transport; 4] = [
+    Transport::Stream,
+    Transport::Seqpacket,
+    Transport::Pipes,
+    Transport::Ioregionfd,
+];
+
+/// Every mechanism that this host offers: [`KINDS`], and `ioregionfd` where KVM has it.
+///
+/// # Panics
+///
+/// If KVM cannot be asked: no test could run.
+pub fn kinds() -> impl Iterator<Item = Kind> {
+    static HAS_IOREGIONFD: OnceLock<bool> = OnceLock::new();
+    let native = *HAS_IOREGIONFD.get_or_init(|| {
+        let guest = MicroVm::new(DEFAULT_RAM).expect("a virtual machine");
+        probe::ioregionfd(guest.vm()).expect("an answer from KVM")
+    });
+    let native = NATIVE.into_iter().filter(move |_| native);
+    let native = native.map(|transport| Kind {
+        name: Ioregionfd::NAME,
+        transport,
+    });
+    KINDS.into_iter().chain(native)
+}
+
+/// A channel of a kind's transport, and the device's end of its wire.
+///
+/// # Errors
+///
+/// The operating system's, or KVM's.
+pub fn channel(rig: &Rig, kind: Kind) -> Result<(Arc<Channel>, Box<dyn Wire>)> {
+    Ok(match kind.transport {
+        Transport::Ioregionfd => Channel::purpose_made(rig.guest.vm())?,
+        transport => Channel::pair(transport)?,
+    })
+}
 
 /// The eBPF program, loaded once for all tests of one executable.
 ///
@@ -300,7 +344,7 @@ impl Rig {
             let _ = self.vm.assign(region, &mechanism)?;
             return Ok(None);
         }
-        let (channel, wire) = Channel::pair(kind.transport)?;
+        let (channel, wire) = channel(self, kind)?;
         let assigned = self.vm.assign(region, &*mechanism(kind, &channel)?)?;
         let end = assigned.attach(DeviceEnd::new(wire, Layout::default()));
         Ok(Some(Task::spawn(end, device, wait)?))
@@ -340,6 +384,12 @@ impl Kind {
         self.name == Ioeventfd::NAME || self.name == Ebpf::NAME
     }
 
+    /// Whether KVM carries its accesses, so that none exits.
+    #[must_use]
+    pub fn is_native(self) -> bool {
+        self.name == Ioregionfd::NAME
+    }
+
     /// Whether its doorbells arrive with their values.
     #[must_use]
     pub fn carries_values(self) -> bool {
@@ -357,6 +407,7 @@ pub fn mechanism(kind: Kind, channel: &Arc<Channel>) -> Result<Box<dyn Mechanism
         Forward::NAME => Box::new(Forward::new(channel)),
         Ioeventfd::NAME => Box::new(Ioeventfd::new(channel)),
         Ebpf::NAME => Box::new(Ebpf::new(channel)),
+        Ioregionfd::NAME => Box::new(Ioregionfd::new(channel)),
         Auto::NAME => Box::new(Auto::new(channel)),
         other => bail!("no mechanism {other} over a channel"),
     })

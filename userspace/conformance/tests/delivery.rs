@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use ioregion_abi::wire::Layout;
+use ioregion_conformance::pace::amount;
 use ioregion_conformance::{Kind, Recorder, Rig, Task, Told, mechanism, run_to_halt};
 use ioregion_dispatch::mechanism::Ebpf;
 use ioregion_dispatch::server::{DeviceEnd, WaitPolicy};
@@ -62,7 +63,7 @@ impl Device for Slow {
 
 #[test]
 fn a_queue_delivers_ten_thousand_writes_in_order() -> Result<()> {
-    const WRITES: u32 = 10_000;
+    let count = amount("writes", 10_000, 1000);
     for transport in [
         Transport::Stream,
         Transport::Seqpacket,
@@ -79,8 +80,8 @@ fn a_queue_delivers_ten_thousand_writes_in_order() -> Result<()> {
             };
             let fifo = region(at_0x10().delivery(Delivery::Fifo));
             let _task = rig.serve_waiting(kind, &fifo, device.clone(), wait)?;
-            let (_, vcpu) = rig.run(&writes(WRITES))?;
-            let told = device.wait(|told| told.len() >= WRITES as usize)?;
+            let (_, vcpu) = rig.run(&writes(count))?;
+            let told = device.wait(|told| told.len() >= count as usize)?;
             let values = told.iter().map(|told| match told {
                 Told::Ring(Ring {
                     value: Some(value),
@@ -89,7 +90,7 @@ fn a_queue_delivers_ten_thousand_writes_in_order() -> Result<()> {
                 }) => *value,
                 other => panic!("{other:?}"),
             });
-            assert!(values.eq(1..=WRITES.into()));
+            assert!(values.eq(1..=count.into()));
             println!("{} exits", vcpu.stats().exits);
             assert_eq!(rig.vm.program_counters().unwrap_or_default().lost, 0);
         }
@@ -307,14 +308,14 @@ fn each_arrives_at_its_own(count: u32, sink: Sink) -> Result<()> {
 
 #[test]
 fn each_of_65536_coalesced_doorbells_arrives_at_its_own_index() -> Result<()> {
-    each_arrives_at_its_own(65_536, Sink::Coalesced)
+    each_arrives_at_its_own(amount("doorbells", 65_536, 8192), Sink::Coalesced)
 }
 
 #[test]
 fn each_of_thousands_of_ioeventfd_doorbells_arrives_at_its_own_index() -> Result<()> {
     // All share one eventfd, so that the limit on descriptors does not matter; KVM takes them
     // one by one, each time copying its table.
-    each_arrives_at_its_own(16_384, Sink::Ioeventfd)
+    each_arrives_at_its_own(amount("doorbells", 16_384, 2048), Sink::Ioeventfd)
 }
 
 /// Assigns what does not fit, then what does.

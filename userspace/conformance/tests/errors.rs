@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::Result;
 use ioregion_abi::wire::Layout;
-use ioregion_conformance::{KINDS, Kind, Recorder, Rig, mechanism};
+use ioregion_conformance::{KINDS, Kind, Recorder, Rig, channel, kinds, mechanism};
 use ioregion_dispatch::mechanism::{Auto, Ebpf, Forward, Ioeventfd, KvmRun};
 use ioregion_dispatch::{
     Bus, Channel, Delivery, Doorbell, LoadError, Mechanism, Patience, Program as Bpf, Region,
@@ -21,13 +21,13 @@ use nix::errno::Errno;
 
 use support::{bpf, channel_kinds};
 
-fn any_mechanism(kind: Kind) -> Result<Box<dyn Mechanism>> {
+fn any_mechanism(rig: &Rig, kind: Kind) -> Result<Box<dyn Mechanism>> {
     if kind.name == KvmRun::NAME {
         return Ok(Box::new(KvmRun::new(Arc::new(Mutex::new(
             Recorder::default(),
         )))));
     }
-    let (channel, wire) = Channel::pair(kind.transport)?;
+    let (channel, wire) = channel(rig, kind)?;
     // The device's end stays open for the rest of the process.
     std::mem::forget(wire);
     mechanism(kind, &channel)
@@ -43,9 +43,9 @@ fn refused(result: Result<ioregion_dispatch::Assigned, RegionError>, what: &str)
 #[test]
 fn regions_that_meet_others_are_refused() -> Result<()> {
     let bpf = bpf()?;
-    for kind in KINDS {
+    for kind in kinds() {
         let rig = Rig::with(Some(bpf.clone()))?;
-        let mechanism = any_mechanism(kind)?;
+        let mechanism = any_mechanism(&rig, kind)?;
         let base = MMIO_BASE + 0x1000;
         let first = Region::mmio(base, 0x1000).doorbell(Doorbell::new(0x10, Size::B4));
         let _ = rig.vm.assign(&first, &*mechanism)?;
@@ -87,9 +87,9 @@ fn regions_that_meet_others_are_refused() -> Result<()> {
 #[test]
 fn unknown_regions_are_refused() -> Result<()> {
     let bpf = bpf()?;
-    for kind in KINDS {
+    for kind in kinds() {
         let rig = Rig::with(Some(bpf.clone()))?;
-        let mechanism = any_mechanism(kind)?;
+        let mechanism = any_mechanism(&rig, kind)?;
         let known = Region::mmio(MMIO_BASE, 0x1000);
         let _ = rig.vm.assign(&known, &*mechanism)?;
         for region in [
@@ -162,9 +162,9 @@ fn bad_regions() -> Vec<(Region, &'static str)> {
 #[test]
 fn bad_regions_are_refused_alike_by_every_mechanism() -> Result<()> {
     let bpf = bpf()?;
-    for kind in KINDS {
+    for kind in kinds() {
         let rig = Rig::with(Some(bpf.clone()))?;
-        let mechanism = any_mechanism(kind)?;
+        let mechanism = any_mechanism(&rig, kind)?;
         for (region, word) in bad_regions() {
             if region.base == 1 {
                 // All but the first byte of the bus: large, but no more than that.
@@ -188,7 +188,7 @@ fn bad_regions_are_refused_alike_by_every_mechanism() -> Result<()> {
 #[test]
 fn regions_that_fill_their_bus_are_accepted() -> Result<()> {
     let rig = Rig::with(None)?;
-    let mechanism = any_mechanism(KINDS[1])?;
+    let mechanism = any_mechanism(&rig, KINDS[1])?;
     for region in [
         Region::mmio(0, u64::MAX),
         Region::mmio(1, u64::MAX),
@@ -207,7 +207,7 @@ fn regions_that_fill_their_bus_are_accepted() -> Result<()> {
 #[test]
 fn ioeventfd_sink_refuses_what_it_cannot_carry() -> Result<()> {
     let rig = Rig::new()?;
-    let mechanism = any_mechanism(KINDS[6])?;
+    let mechanism = any_mechanism(&rig, KINDS[6])?;
     let bell = Doorbell::new(0, Size::B4);
     for doorbell in [
         bell.matching_masked(0xff, 1),
@@ -230,7 +230,7 @@ fn broken_channels_and_closed_peers_are_bad_descriptors() -> Result<()> {
     for kind in channel_kinds() {
         let rig = Rig::with(Some(bpf.clone()))?;
         let region = Region::mmio(MMIO_BASE, 0x1000).doorbell(Doorbell::new(0x10, Size::B4));
-        let (channel, wire) = Channel::pair(kind.transport)?;
+        let (channel, wire) = channel(&rig, kind)?;
         drop(wire);
         for attempt in 0..2 {
             let error = refused(
@@ -306,7 +306,7 @@ fn full_bus_refuses_a_region_whole() -> Result<()> {
             region.doorbell(bell(n))
         })
     };
-    let mechanism = any_mechanism(KINDS[6])?;
+    let mechanism = any_mechanism(&rig, KINDS[6])?;
     for _ in 0..2 {
         let error = refused(rig.vm.assign(&bells(MANY), &*mechanism), "a full bus");
         assert_eq!(error.errno(), Errno::ENOSPC, "{error}");
@@ -333,7 +333,7 @@ fn thousands_of_ioeventfds_fit() -> Result<()> {
         let region = (0..MANY).fold(Region::mmio(MMIO_BASE, 4 * MANY), |region, n| {
             region.doorbell(bell(n))
         });
-        let mechanism = any_mechanism(kind)?;
+        let mechanism = any_mechanism(&rig, kind)?;
         let _ = rig.vm.assign(&region, &*mechanism)?;
         rig.vm.remove(&region)?;
     }
@@ -350,7 +350,7 @@ fn full_match_table_refuses_a_region_whole() -> Result<()> {
             region.doorbell(bell(n))
         })
     };
-    let mechanism = any_mechanism(KINDS[6])?;
+    let mechanism = any_mechanism(&rig, KINDS[6])?;
     for _ in 0..3 {
         let error = refused(rig.vm.assign(&bells(200), &*mechanism), "a full table");
         assert_eq!(error.errno(), Errno::ENOSPC, "{error}");

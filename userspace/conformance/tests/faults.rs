@@ -5,7 +5,8 @@ mod support;
 use std::time::Duration;
 
 use anyhow::Result;
-use ioregion_conformance::{KINDS, Kind, Rig, Task, Told};
+use ioregion_conformance::pace::amount;
+use ioregion_conformance::{Kind, Rig, Task, Told, kinds};
 use ioregion_dispatch::mechanism::{Ebpf, Forward, Ioeventfd};
 use ioregion_dispatch::server::WaitPolicy;
 use ioregion_dispatch::{Bus, Delivery, Doorbell, Exit, Region, Size, Transport};
@@ -19,9 +20,9 @@ use support::{
 
 #[test]
 fn slow_device_blocks_only_the_vcpus_that_wait_on_it() -> Result<()> {
-    const READS: u32 = 500;
+    let reads = amount("rounds of the working vCPU", 500, 50);
     let bpf = bpf()?;
-    for kind in KINDS {
+    for kind in kinds() {
         let _watchdog = watchdog(format!("{kind:?}"), Duration::from_secs(60));
         let rig = Rig::with(Some(bpf.clone()))?;
         let slow = Gated::default();
@@ -31,7 +32,7 @@ fn slow_device_blocks_only_the_vcpus_that_wait_on_it() -> Result<()> {
         let mut waits = Program::new();
         waits.read(Bus::Mmio, MMIO_BASE + 0x20, 4);
         let mut works = Program::new();
-        works.repeat(READS, |p| {
+        works.repeat(reads, |p| {
             p.write_counter(Bus::Mmio, OTHER + 0x10, 4, 0, 1);
             p.write_counter(Bus::Mmio, OTHER + 0x30, 4, 0, 1);
             p.read(Bus::Mmio, OTHER + 0x20, 4);
@@ -42,8 +43,8 @@ fn slow_device_blocks_only_the_vcpus_that_wait_on_it() -> Result<()> {
         let working = Runner::new(rig.vcpu(1, &works)?);
         working.start();
         assert_eq!(working.exit()?, Exit::Halt, "{kind:?}");
-        assert_eq!(rig.guest.log(1)?, vec![0x5520; READS as usize], "{kind:?}");
-        assert_eq!(other.told().len(), 3 * READS as usize, "{kind:?}");
+        assert_eq!(rig.guest.log(1)?, vec![0x5520; reads as usize], "{kind:?}");
+        assert_eq!(other.told().len(), 3 * reads as usize, "{kind:?}");
         assert_eq!(waiting.exit_within(Duration::ZERO)?, None, "{kind:?}");
         slow.gate.open();
         assert_eq!(waiting.exit()?, Exit::Halt, "{kind:?}");
@@ -110,7 +111,8 @@ fn dead_device_reads_all_ones_and_is_revived_by_a_new_one() -> Result<()> {
 
 #[test]
 fn device_that_never_reads_posted_writes_blocks_interruptibly() -> Result<()> {
-    const WRITES: u32 = 20_000;
+    // Enough for every wire to fill up.
+    let writes = amount("posted writes", 20_000, 5_000);
     handle_sigusr1()?;
     for kind in channel_kinds().filter(|kind| kind.name == Forward::NAME) {
         let _watchdog = watchdog(format!("{kind:?}"), Duration::from_secs(60));
@@ -119,7 +121,7 @@ fn device_that_never_reads_posted_writes_blocks_interruptibly() -> Result<()> {
         let (channel, id, end) = place(&rig, kind, &posted, false)?;
         let other = serve(&rig, kind, &other_region(), false, plain())?;
         let mut program = Program::new();
-        program.repeat(WRITES, |p| {
+        program.repeat(writes, |p| {
             _ = p.write_counter(Bus::Mmio, MMIO_BASE + 0x30, 4, 0, 1)
         });
         program.read(Bus::Mmio, OTHER + 0x20, 4);
@@ -143,7 +145,7 @@ fn device_that_never_reads_posted_writes_blocks_interruptibly() -> Result<()> {
         let accepted = blocked.unwrap_or_default();
         println!("{kind:?}: {accepted} writes until it blocked");
         assert!(
-            accepted > 0 && accepted < u64::from(WRITES),
+            accepted > 0 && accepted < u64::from(writes),
             "{kind:?}: {accepted}"
         );
         assert_eq!(channel.undelivered_writes(), 0, "{kind:?}");
@@ -152,7 +154,7 @@ fn device_that_never_reads_posted_writes_blocks_interruptibly() -> Result<()> {
         assert_eq!(rig.guest.log(0)?, [0x5520, 0xffff_ffff], "{kind:?}");
         assert_eq!(
             channel.undelivered_writes(),
-            u64::from(WRITES) - accepted,
+            u64::from(writes) - accepted,
             "{kind:?}"
         );
         let told = broken(&rig.vm);
@@ -169,7 +171,8 @@ fn device_that_never_reads_posted_writes_blocks_interruptibly() -> Result<()> {
 
 #[test]
 fn posted_writes_to_a_slow_device_all_arrive_in_order() -> Result<()> {
-    const WRITES: u32 = 20_000;
+    // Enough for every wire to fill up.
+    let writes = amount("posted writes", 20_000, 5_000);
     for kind in channel_kinds().filter(|kind| kind.name == Forward::NAME) {
         let _watchdog = watchdog(format!("{kind:?}"), Duration::from_secs(60));
         let rig = Rig::with(None)?;
@@ -177,7 +180,7 @@ fn posted_writes_to_a_slow_device_all_arrive_in_order() -> Result<()> {
         let device = Gated::default();
         let served = serve(&rig, kind, &posted, false, device.clone())?;
         let mut program = Program::new();
-        program.repeat(WRITES, |p| {
+        program.repeat(writes, |p| {
             _ = p.write_counter(Bus::Mmio, MMIO_BASE + 0x30, 4, 0, 1)
         });
         program.read(Bus::Mmio, MMIO_BASE + 0x20, 4);
@@ -191,7 +194,7 @@ fn posted_writes_to_a_slow_device_all_arrive_in_order() -> Result<()> {
         device.gate.open();
         assert_eq!(runner.exit()?, Exit::Halt, "{kind:?}");
         runner.finish()?;
-        assert_eq!(rig.guest.log(0)?, [u64::from(WRITES)], "{kind:?}");
+        assert_eq!(rig.guest.log(0)?, [u64::from(writes)], "{kind:?}");
         let values: Vec<_> = device
             .recorder
             .told()
@@ -203,7 +206,7 @@ fn posted_writes_to_a_slow_device_all_arrive_in_order() -> Result<()> {
             .collect();
         assert_eq!(
             values,
-            (0..u64::from(WRITES)).collect::<Vec<_>>(),
+            (0..u64::from(writes)).collect::<Vec<_>>(),
             "{kind:?}"
         );
         served.task.finish()?;
@@ -363,7 +366,7 @@ fn fifo_doorbells_of_a_slow_device_all_arrive_in_order() -> Result<()> {
 
 #[test]
 fn waits_go_on_while_fifo_doorbells_pass_over_the_same_channel() -> Result<()> {
-    const ROUNDS: u32 = 20_000;
+    let rounds = amount("doorbells", 20_000, 2_000);
     let bpf = bpf()?;
     for kind in fifo_kinds() {
         let _watchdog = watchdog(format!("{kind:?}"), Duration::from_secs(60));
@@ -371,9 +374,9 @@ fn waits_go_on_while_fifo_doorbells_pass_over_the_same_channel() -> Result<()> {
         let device = plain();
         let served = serve(&rig, kind, &fifo_region(), false, device.clone())?;
         let mut reads = Program::new();
-        reads.repeat(ROUNDS / 4, |p| _ = p.read(Bus::Mmio, MMIO_BASE + 0x20, 4));
+        reads.repeat(rounds / 4, |p| _ = p.read(Bus::Mmio, MMIO_BASE + 0x20, 4));
         let mut rings = Program::new();
-        rings.repeat(ROUNDS, |p| {
+        rings.repeat(rounds, |p| {
             _ = p.write_counter(Bus::Mmio, MMIO_BASE + 0x10, 4, 0, 1)
         });
         let runners = [
@@ -394,7 +397,7 @@ fn waits_go_on_while_fifo_doorbells_pass_over_the_same_channel() -> Result<()> {
                 .filter(|told| matches!(told, Told::Ring(_)))
                 .count()
         };
-        wait_until("the doorbells", || rung() == ROUNDS as usize);
+        wait_until("the doorbells", || rung() == rounds as usize);
         served.task.finish()?;
     }
     Ok(())

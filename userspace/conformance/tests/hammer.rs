@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use anyhow::Result;
 use ioregion_abi::wire::Layout;
-use ioregion_conformance::{KINDS, Kind, Recorder, Rig, Task, Told, mechanism};
+use ioregion_conformance::pace::amount;
+use ioregion_conformance::{KINDS, Kind, Recorder, Rig, Task, Told, kinds, mechanism};
 use ioregion_dispatch::mechanism::KvmRun;
 use ioregion_dispatch::server::{DeviceEnd, WaitPolicy};
 use ioregion_dispatch::{Bus, BusAccess, Channel, Delivery, Doorbell, Region, Sink, Size};
@@ -32,7 +33,6 @@ const REGIONS: [(Bus, u64); 3] = [
     (Bus::Mmio, MMIO_BASE + 0x1000),
     (Bus::Pio, 0x1000),
 ];
-const ROUNDS: u32 = 1000;
 const VCPUS: u64 = 2;
 
 /// A region whose doorbells are drawn by lot.
@@ -57,9 +57,9 @@ fn region(at: (Bus, u64), random: &mut impl rand::Rng) -> Region {
     region
 }
 
-fn program(vcpu: u64) -> Program {
+fn program(vcpu: u64, rounds: u32) -> Program {
     let mut program = Program::new();
-    program.repeat(ROUNDS, |p| {
+    program.repeat(rounds, |p| {
         for (bus, base) in REGIONS {
             for offset in [LATEST, COALESCED, FIFO, WRITE] {
                 p.write_counter(bus, base + offset + vcpu * LANE, 4, 0, 1);
@@ -87,7 +87,7 @@ fn begin(rig: &Rig, kind: Kind, region: &Region, modify: bool) -> Result<Life> {
             None,
         )
     } else {
-        let (channel, wire) = Channel::pair(kind.transport)?;
+        let (channel, wire) = ioregion_conformance::channel(rig, kind)?;
         (mechanism(kind, &channel)?, Some(channel), Some(wire))
     };
     let assigned = match modify {
@@ -144,6 +144,7 @@ fn hammer(kinds: &[Kind], limit: u32) -> Result<()> {
     println!("seed {seed:#x}");
     let mut random = rand::rngs::StdRng::seed_from_u64(seed);
     let _watchdog = watchdog(format!("{kinds:?}"), Duration::from_secs(120));
+    let rounds = amount("rounds of each vCPU", 1000, 100);
     let rig = Rig::with(Some(bpf()?))?;
     let unclaimed = Mutex::new(Vec::<BusAccess>::new());
     let running = AtomicU64::new(VCPUS);
@@ -153,7 +154,7 @@ fn hammer(kinds: &[Kind], limit: u32) -> Result<()> {
         for vcpu in 0..VCPUS {
             let (rig, unclaimed, running) = (&rig, &unclaimed, &running);
             threads.push(scope.spawn(move || -> Result<()> {
-                let program = program(vcpu);
+                let program = program(vcpu, rounds);
                 let mut fd = rig.vcpu(vcpu, &program)?;
                 let ran = run_until_halt(&mut fd, |access| {
                     unclaimed
@@ -271,15 +272,15 @@ fn hammer(kinds: &[Kind], limit: u32) -> Result<()> {
                     "{place:x?}: twice"
                 );
                 let seen = values.len() as u64 + tally.merged;
-                assert!(seen <= u64::from(ROUNDS), "{place:x?}: {seen} writes");
+                assert!(seen <= u64::from(rounds), "{place:x?}: {seen} writes");
                 if offset == WRITE {
-                    assert_eq!((seen, tally.merged), (u64::from(ROUNDS), 0), "{place:x?}");
+                    assert_eq!((seen, tally.merged), (u64::from(rounds), 0), "{place:x?}");
                 }
-                missing += u64::from(ROUNDS) - seen;
+                missing += u64::from(rounds) - seen;
             }
             let place = (base, READ + vcpu * LANE);
             let reads = tallies.remove(&place).unwrap_or_default().reads;
-            assert_eq!(reads, u64::from(ROUNDS), "{place:x?}: reads");
+            assert_eq!(reads, u64::from(rounds), "{place:x?}: reads");
         }
     }
     assert!(tallies.is_empty(), "{tallies:x?}");
@@ -299,7 +300,7 @@ fn disorder(values: &[u64]) -> Option<&[u64]> {
 
 #[test]
 fn no_access_is_lost_while_regions_come_change_and_go() -> Result<()> {
-    for kind in KINDS {
+    for kind in kinds() {
         println!("{kind:?}");
         hammer(&[kind], 150)?;
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use ioregion_abi::wire::{Layout, Response};
+use ioregion_conformance::pace::amount;
 use ioregion_conformance::{Kind, Rig, Task};
 use ioregion_dispatch::mechanism::Forward;
 use ioregion_dispatch::server::{DeviceEnd, WaitPolicy};
@@ -186,7 +187,7 @@ fn garbage_hurts_only_its_region() -> Result<()> {
     let seed: u64 = rand::random();
     println!("seed {seed:#x}");
     let mut random = rand::rngs::StdRng::seed_from_u64(seed);
-    for round in 0..40 {
+    for round in 0..amount("rounds of garbage", 40, 4) {
         for transport in Transport::ALL {
             let _watchdog = watchdog(format!("{transport} {round}"), Duration::from_secs(60));
             let mut garbage = vec![0; random.random_range(1..9000)];

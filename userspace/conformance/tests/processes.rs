@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use ioregion_abi::wire::Layout;
-use ioregion_conformance::{KINDS, Kind, Recorder, Rig, mechanism};
+use ioregion_conformance::pace::amount;
+use ioregion_conformance::{Kind, Recorder, Rig, kinds, mechanism};
 use ioregion_dispatch::mechanism::Ebpf;
 use ioregion_dispatch::server::{DeviceEnd, Stop, WaitPolicy, serve};
 use ioregion_dispatch::{
@@ -42,7 +43,7 @@ impl Drop for Process {
 
 /// Assigns the region (or modifies it) and has a new process serve it.
 fn serve_in_process(rig: &Rig, kind: Kind, modify: bool) -> Result<(Arc<Channel>, Process)> {
-    let (channel, wire) = Channel::pair(kind.transport)?;
+    let (channel, wire) = ioregion_conformance::channel(rig, kind)?;
     let mechanism = mechanism(kind, &channel)?;
     let assigned = match modify {
         true => rig.vm.modify(&region(), &*mechanism)?,
@@ -125,8 +126,8 @@ fn device_in_another_process_serves_and_holds_no_kvm_descriptor() -> Result<()> 
 
 #[test]
 fn killed_device_process_reads_all_ones_and_is_replaced() -> Result<()> {
-    const KILLS: usize = 105;
     const ROUNDS: u32 = 400;
+    let kills = amount("kills", 105, 21) as usize;
     let seed: u64 = rand::random();
     println!("seed {seed:#x}");
     let mut random = rand::rngs::StdRng::seed_from_u64(seed);
@@ -142,7 +143,7 @@ fn killed_device_process_reads_all_ones_and_is_replaced() -> Result<()> {
         assert_eq!(vcpu.run()?, Exit::Halt, "{kind:?}");
         let whole = start.elapsed();
         let mut held = None;
-        for kill in 0..KILLS / kinds.len() {
+        for kill in 0..kills / kinds.len() {
             let what = format!("{kind:?}, kill {kill}");
             rig.guest.reload(vcpu.fd(), 0, &program(ROUNDS))?;
             let runner = Runner::new(vcpu);
@@ -186,15 +187,15 @@ fn killed_device_process_reads_all_ones_and_is_replaced() -> Result<()> {
         }
         drop(channel);
     }
-    println!("{hit} of {KILLS} kills hit the guest in the middle");
-    assert!(hit > KILLS / 4);
+    println!("{hit} of {kills} kills hit the guest in the middle");
+    assert!(hit > kills / 4);
     Ok(())
 }
 
 #[test]
 fn no_descriptor_is_left_of_a_virtual_machine() -> Result<()> {
     let bpf = bpf()?;
-    for kind in KINDS {
+    for kind in kinds() {
         let mut before = Vec::new();
         for round in 0..3 {
             let rig = Rig::with(Some(bpf.clone()))?;

@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context as _, Result, ensure};
 use ioregion_conformance::checker::{Fault, check, check_log};
 use ioregion_conformance::model::{Event, Place, Plan, reader, ringer};
-use ioregion_conformance::{KINDS, Kind, Recorder, Rig, Told, run_to_halt};
+use ioregion_conformance::pace::amount;
+use ioregion_conformance::{KINDS, Kind, Recorder, Rig, Told, kinds, run_to_halt};
 use ioregion_dispatch::{Access, Delivery, Device, Doorbell, Region, Ring, Sink, Size, Transport};
 use ioregion_microguest::MMIO_BASE;
 use rand::rngs::StdRng;
@@ -26,8 +27,10 @@ fn places() -> Vec<Place> {
         transport: Transport::Mailbox,
         ..ebpf
     };
-    let kinds = KINDS.into_iter().chain([ebpf, mailbox]);
-    let pio = [KINDS[0], KINDS[1], KINDS[5], ebpf, mailbox];
+    let native = kinds().filter(|kind| kind.is_native());
+    let pio = [KINDS[0], KINDS[1], KINDS[5], ebpf, mailbox].into_iter();
+    let pio = pio.chain(native);
+    let kinds = kinds().chain([ebpf, mailbox]);
     let mmio = (0..)
         .zip(kinds)
         .map(|(n, kind)| (kind, n, Region::mmio(MMIO_BASE + n * 0x1000, 0x1000)));
@@ -132,9 +135,11 @@ fn round<D: Device + Clone + 'static>(
 fn two_vcpus_against_the_model_lose_double_and_reorder_nothing() -> Result<()> {
     let full = std::env::var_os("IOREGION_FULL").is_some_and(|full| full == "1");
     let wanted = if full { 1_000_000 } else { 100_000 };
+    let wanted = u64::from(amount("accesses", wanted, 10_000));
+    let steps = amount("steps of each vCPU in a round", 12_500, 2_500) as usize;
     let mut accesses = 0;
     while accesses < wanted {
-        let round = round(rand::rng().random(), 12_500, |recorder| recorder)?;
+        let round = round(rand::rng().random(), steps, |recorder| recorder)?;
         accesses += round.accesses();
         assert!(
             round.faults.is_empty(),

@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use ioregion_conformance::{KINDS, Kind, Recorder, Rig, Told};
+use ioregion_conformance::pace::amount;
+use ioregion_conformance::{Kind, Recorder, Rig, Told, kinds};
 use ioregion_dispatch::mechanism::Ioeventfd;
 use ioregion_dispatch::{Access, Bus, Doorbell, Exit, Region, Ring, Size};
 use ioregion_microguest::{MMIO_BASE, Program};
@@ -148,7 +149,7 @@ fn kick_interrupts_a_wait_with_a_signal_mask() -> Result<()> {
 fn signal_before_the_run_is_not_missed() -> Result<()> {
     handle_sigusr1()?;
     let bpf = bpf()?;
-    for kind in KINDS {
+    for kind in kinds() {
         let rig = Rig::with(Some(bpf.clone()))?;
         let recorder = Recorder::default();
         let task = rig.serve(kind, &region(), recorder.clone())?;
@@ -229,14 +230,15 @@ fn each_kick_is_noticed() -> Result<()> {
     program.ram_wait(0, 1);
     let runner = Runner::new(rig.vcpu(0, &program)?);
     let _watchdog = watchdog("kicks", Duration::from_secs(60));
-    for round in 0..2000 {
+    let rounds = amount("kicks", 2000, 200);
+    for round in 0..rounds {
         // Now before the vCPU enters, now while it is inside, now while it leaves.
         if round % 3 == 0 {
             runner.kicker.kick(Signal::SIGUSR1);
         }
         runner.start();
         if round % 3 != 0 {
-            for _ in 0..round {
+            for _ in 0..round * (2000 / rounds) {
                 std::hint::spin_loop();
             }
             runner.kicker.kick(Signal::SIGUSR1);
@@ -254,17 +256,17 @@ fn each_kick_is_noticed() -> Result<()> {
 
 #[test]
 fn storm_of_signals_loses_doubles_and_reorders_nothing() -> Result<()> {
-    const ROUNDS: u32 = 1500;
+    let rounds = amount("rounds in the storm", 1500, 150);
     handle_sigusr1()?;
     let bpf = bpf()?;
-    for kind in KINDS {
+    for kind in kinds() {
         let _watchdog = watchdog(format!("{kind:?}"), Duration::from_secs(100));
         let rig = Rig::with(Some(bpf.clone()))?;
         let recorder = Recorder::default();
         let region = region().doorbell(Doorbell::new(0x10, Size::B4));
         let task = rig.serve(kind, &region, recorder.clone())?;
         let mut program = Program::new();
-        program.repeat(ROUNDS, |p| {
+        program.repeat(rounds, |p| {
             p.write_counter(Bus::Mmio, MMIO_BASE + 0x10, 4, 0, 1);
             p.read(Bus::Mmio, MMIO_BASE + READ, 4);
             p.write_counter(Bus::Mmio, MMIO_BASE + WRITE, 8, 0, 1);
@@ -294,7 +296,7 @@ fn storm_of_signals_loses_doubles_and_reorders_nothing() -> Result<()> {
                 .map_err(|_| anyhow::anyhow!("the storm panicked"))
         })?;
         let mut expected = Vec::new();
-        for i in 0..u64::from(ROUNDS) {
+        for i in 0..u64::from(rounds) {
             expected.push(Told::Ring(Ring {
                 user_data: 7,
                 index: 0,
@@ -307,7 +309,7 @@ fn storm_of_signals_loses_doubles_and_reorders_nothing() -> Result<()> {
             expected.push(Told::Write(at(WRITE, Size::B8), i));
         }
         assert_told(kind, &recorder.told(), &expected);
-        let log: Vec<_> = (0..u64::from(ROUNDS)).map(|i| 3 * i + 1).collect();
+        let log: Vec<_> = (0..u64::from(rounds)).map(|i| 3 * i + 1).collect();
         assert_eq!(rig.guest.log(0)?, log, "{kind:?}");
         let interruptions = vcpu.stats().interruptions;
         println!("{kind:?}: {sent} signals, {interruptions} interruptions");

@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use ioregion_abi::bpf::SlotBlock;
 use ioregion_abi::wire::Layout;
+use ioregion_conformance::pace::amount;
 use ioregion_conformance::{Kind, Recorder, Rig, Task, Told, maps, mechanism, run_to_halt};
 use ioregion_dispatch::server::{DeviceEnd, WaitPolicy};
 use ioregion_dispatch::{
@@ -61,7 +62,7 @@ fn a_write_that_exits_although_its_slot_has_it_is_delivered_once() -> Result<()>
 #[test]
 fn a_slot_is_never_older_than_its_sequence() -> Result<()> {
     for sink in SINKS {
-        const WRITES: u32 = 60_000;
+        let writes_here = amount("writes", 60_000, 6_000);
         println!("{sink:?}");
         let rig = Rig::new()?;
         let device = Recorder::default();
@@ -71,8 +72,8 @@ fn a_slot_is_never_older_than_its_sequence() -> Result<()> {
             device.clone(),
             WaitPolicy::Poll,
         )?;
-        rig.run(&writes(WRITES))?;
-        let told = device.wait(|told| rung(told).0 >= u64::from(WRITES))?;
+        rig.run(&writes(writes_here))?;
+        let told = device.wait(|told| rung(told).0 >= u64::from(writes_here))?;
         let mut sequence = 0;
         for told in &told {
             let Told::Ring(ring) = told else {
@@ -84,7 +85,7 @@ fn a_slot_is_never_older_than_its_sequence() -> Result<()> {
                 "{ring:?} at {sequence}"
             );
         }
-        assert_eq!(rung(&told), (WRITES.into(), Some(WRITES.into())));
+        assert_eq!(rung(&told), (writes_here.into(), Some(writes_here.into())));
         println!("{} rings", told.len());
     }
     Ok(())
@@ -96,7 +97,8 @@ fn two_vcpus_on_one_doorbell_lose_no_update() -> Result<()> {
         .into_iter()
         .flat_map(|sink| [(sink, WaitPolicy::Poll), (sink, WaitPolicy::Sleep)])
     {
-        const WRITES: u64 = 60_000;
+        let count = amount("writes of each vCPU", 60_000, 6_000);
+        let all = u64::from(count);
         println!("{sink:?} {wait:?}");
         let rig = Rig::new()?;
         let device = Recorder::default();
@@ -104,7 +106,7 @@ fn two_vcpus_on_one_doorbell_lose_no_update() -> Result<()> {
         let task = rig.serve_waiting(Kind::EBPF, &region, device.clone(), wait)?;
         let mut vcpus = [0, 1].map(|vcpu| {
             let mut program = Program::new();
-            program.repeat(WRITES as u32, |p| {
+            program.repeat(count, |p| {
                 p.write_counter(Bus::Mmio, MMIO_BASE + 0x10, 4, vcpu << 31 | 1, 1);
             });
             rig.vcpu(vcpu, &program)
@@ -118,7 +120,7 @@ fn two_vcpus_on_one_doorbell_lose_no_update() -> Result<()> {
             runs.into_iter()
                 .try_for_each(|run| run.join().expect("a vCPU thread"))
         })?;
-        let told = device.wait(|told| rung(told).0 >= 2 * WRITES)?;
+        let told = device.wait(|told| rung(told).0 >= 2 * all)?;
         let (mut sequence, mut newest) = (0, [0; 2]);
         for told in &told {
             let Told::Ring(ring) = told else {
@@ -128,7 +130,7 @@ fn two_vcpus_on_one_doorbell_lose_no_update() -> Result<()> {
             let (vcpu, count) = ((value >> 31) as usize, value & 0x7fff_ffff);
             sequence += ring.writes;
             // What the other vCPU has contributed to the sequence is at most all that it writes.
-            assert!(count + WRITES >= sequence);
+            assert!(count + all >= sequence);
             assert!(
                 count >= newest[vcpu],
                 "vCPU {vcpu} went back from {} to {count}",
@@ -136,14 +138,14 @@ fn two_vcpus_on_one_doorbell_lose_no_update() -> Result<()> {
             );
             newest[vcpu] = count;
         }
-        assert_eq!(sequence, 2 * WRITES);
+        assert_eq!(sequence, 2 * all);
         assert!(
-            newest.contains(&WRITES),
+            newest.contains(&all),
             "the last write's value is the last one seen"
         );
         assert_eq!(
             rig.vm.program_counters().unwrap_or_default().matched,
-            2 * WRITES
+            2 * all
         );
         rig.vm.remove(&region)?;
         if let Some(task) = task {

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use ioregion_abi::wire::Layout;
-use ioregion_conformance::{KINDS, Kind, Recorder, Rig, Task, mechanism};
+use ioregion_conformance::pace::patience;
+use ioregion_conformance::{Kind, Recorder, Rig, Task, kinds, mechanism};
 use ioregion_dispatch::mechanism::KvmRun;
 use ioregion_dispatch::server::{DeviceEnd, WaitPolicy};
 use ioregion_dispatch::wire::{Message, Try, Wire};
@@ -19,7 +20,7 @@ use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction
 
 /// Every kind with a channel: `kvm-run` has no device task that could be slow or die.
 pub fn channel_kinds() -> impl Iterator<Item = Kind> {
-    KINDS.into_iter().filter(|kind| kind.name != KvmRun::NAME)
+    kinds().filter(|kind| kind.name != KvmRun::NAME)
 }
 
 pub fn bpf() -> Result<Arc<Bpf>> {
@@ -29,7 +30,9 @@ pub fn bpf() -> Result<Arc<Bpf>> {
 /// Ends the process if it is not dropped in time: a deadlock must not look like a slow machine.
 pub struct Watchdog(#[allow(dead_code, reason = "dropping it calls the dog off")] Sender<()>);
 
+/// `time` is for ordinary machines.
 pub fn watchdog(what: impl Into<String>, time: Duration) -> Watchdog {
+    let time = patience(time);
     let (alive, dead) = channel::<()>();
     let what = what.into();
     std::thread::spawn(move || {
@@ -41,9 +44,9 @@ pub fn watchdog(what: impl Into<String>, time: Duration) -> Watchdog {
     Watchdog(alive)
 }
 
-/// Waits until `done`, for ten seconds.
+/// Waits until `done`, for ten seconds of an ordinary machine.
 pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(10);
+    let end = Instant::now() + patience(Duration::from_secs(10));
     while !done() {
         assert!(Instant::now() < end, "{what} did not come in time");
         std::thread::sleep(Duration::from_micros(200));
@@ -139,7 +142,7 @@ pub fn place(
     region: &Region,
     modify: bool,
 ) -> Result<(Arc<Channel>, RegionId, DeviceEnd)> {
-    let (channel, wire) = Channel::pair(kind.transport)?;
+    let (channel, wire) = ioregion_conformance::channel(rig, kind)?;
     let mechanism = mechanism(kind, &channel)?;
     let assigned = if modify {
         rig.vm.modify(region, &*mechanism)?
@@ -275,7 +278,7 @@ impl Runner {
 
     /// How the `run` ended.
     pub fn exit(&self) -> Result<Exit> {
-        match self.exit_within(Duration::from_secs(20))? {
+        match self.exit_within(patience(Duration::from_secs(20)))? {
             Some(exit) => Ok(exit),
             None => anyhow::bail!("the vCPU does not come back"),
         }
