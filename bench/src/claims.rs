@@ -1,13 +1,18 @@
 //! The claims: which figure of a run is held against which bar.
 //!
-//! [`CLAIMS`] is the only place that knows them; everything is evaluated from
+//! [`CLAIMS`] and [`NATIVE_CLAIMS`] are the only places that know them; everything is evaluated from
 //! the scenarios of one results file.
 
+mod table;
+
 use std::cmp::Ordering;
+use std::collections::HashSet;
 use std::fmt;
 
 use crate::results::{Claim, Mechanism, Ratio, Results, Scenario};
 use crate::stats;
+
+pub use table::{CLAIMS, NATIVE_CLAIMS};
 
 /// A row of the claims table before it is measured.
 #[derive(Debug)]
@@ -107,135 +112,13 @@ pub struct Figure {
     pub note: String,
 }
 
-/// Every claim that a run of this benchmark can decide.
-pub const CLAIMS: &[ClaimDef] = &[
-    ClaimDef {
-        id: "ebpf-ioeventfd-sink-vs-ioeventfd-unread",
-        text: "vCPU time per posted doorbell: ebpf with ioeventfd sink (value delivered) / plain ioeventfd (value lost), nobody looking before the end on either side",
-        bar: Bar::AtMost(1.10),
-        how: How::Ratio("ebpf-ioeventfd-unread/posted", "floor-sink-no-reader"),
-    },
-    ClaimDef {
-        id: "ebpf-ioeventfd-sink-vs-ioeventfd-polled",
-        text: "the same with polling readers on both sides: of slots / of the eventfd",
-        bar: Bar::AtMost(1.10),
-        how: How::Ratio("ebpf-ioeventfd-polled/posted", "ioeventfd-polled/posted"),
-    },
-    ClaimDef {
-        id: "ebpf-ioeventfd-sink-vs-ioeventfd",
-        text: "both of these, which compare at equal wake-ups (none)",
-        bar: Bar::AtMost(1.10),
-        how: How::AllOf(&[
-            "ebpf-ioeventfd-sink-vs-ioeventfd-unread",
-            "ebpf-ioeventfd-sink-vs-ioeventfd-polled",
-        ]),
-    },
-    ClaimDef {
-        id: "ebpf-ioeventfd-sink-vs-ioeventfd-worst",
-        text: "a polled reader against no reader at all, which charges the readers' shared cache line to ebpf alone",
-        bar: Bar::None,
-        how: How::Ratio("ebpf-ioeventfd-polled/posted", "floor-sink-no-reader"),
-    },
-    ClaimDef {
-        id: "ebpf-ioeventfd-sink-vs-ioeventfd-sleeping",
-        text: "the same with sleeping readers on both sides; depends on how many wake-ups happen to merge",
-        bar: Bar::None,
-        how: How::Ratio("ebpf-ioeventfd/posted", "ioeventfd/posted"),
-    },
-    ClaimDef {
-        id: "ebpf-coalesced-polled-vs-ioeventfd",
-        text: "vCPU time per posted doorbell: ebpf with coalesced sink, device polling / plain ioeventfd with a reader",
-        bar: Bar::AtMost(0.95),
-        how: How::RatioWithCost("ebpf-coalesced-polled/posted", "ioeventfd/posted"),
-    },
-    ClaimDef {
-        id: "ebpf-vs-forward",
-        text: "vCPU time per posted doorbell: ebpf (ioeventfd sink) / forward over a stream socketpair",
-        bar: Bar::AtMost(0.12),
-        how: How::Ratio("ebpf-ioeventfd/posted", "forward-stream/posted"),
-    },
-    ClaimDef {
-        id: "sink-vs-forward",
-        text: "an in-kernel sink that nobody reads, without any program / forward over a stream socketpair: below this no ebpf-vs-forward is possible",
-        bar: Bar::None,
-        how: How::Ratio("floor-sink-no-reader", "forward-stream/posted"),
-    },
-    ClaimDef {
-        id: "ebpf-vs-forward-response",
-        text: "the same / forward with a write that waits for its response, the traditional path",
-        bar: Bar::None,
-        how: How::Ratio("ebpf-ioeventfd/posted", "forward-stream/write"),
-    },
-    ClaimDef {
-        id: "ebpf-vs-forward-best",
-        text: "the same / forward on its best transport",
-        bar: Bar::None,
-        how: How::Figure(vs_best_forward),
-    },
-    ClaimDef {
-        id: "ebpf-10k-doorbells-vs-1",
-        text: "vCPU time per posted doorbell: ebpf with 10,000 doorbells / with 1",
-        bar: Bar::AtMost(1.15),
-        how: How::Ratio(
-            "ebpf-ioeventfd-polled/posted@10000",
-            "ebpf-ioeventfd-polled/posted@1",
-        ),
-    },
-    ClaimDef {
-        id: "ioeventfd-10k-doorbells-vs-1",
-        text: "the same with plain ioeventfds: what KVM's own search among them adds",
-        bar: Bar::None,
-        how: How::Ratio("ioeventfd/posted@10000", "ioeventfd/posted@1"),
-    },
-    ClaimDef {
-        id: "ebpf-bystander",
-        text: "cost added to a userspace exit of another VM while the program is attached / a userspace exit",
-        bar: Bar::AtMost(0.05),
-        how: How::Added {
-            with: "bystander/exit+attached",
-            without: "bystander/exit",
-        },
-    },
-    ClaimDef {
-        id: "ebpf-bystander-own-access",
-        text: "cost added to an in-kernel access of another VM while the program is attached / that access",
-        bar: Bar::None,
-        how: How::Added {
-            with: "bystander/ioeventfd+attached",
-            without: "bystander/ioeventfd",
-        },
-    },
-    ClaimDef {
-        id: "ebpf-exits-ioeventfd-sink",
-        text: "userspace exits per ebpf doorbell, ioeventfd sink",
-        bar: Bar::AtMost(0.0),
-        how: How::Figure(|results| most_exits(results, "ioeventfd")),
-    },
-    ClaimDef {
-        id: "ebpf-exits-coalesced",
-        text: "userspace exits per ebpf doorbell, coalesced sink, drained",
-        bar: Bar::AtMost(0.01),
-        how: How::Figure(|results| most_exits(results, "coalesced")),
-    },
-    ClaimDef {
-        id: "ebpf-exits",
-        text: "userspace exits per ebpf doorbell, each sink within its bar",
-        bar: Bar::None,
-        how: How::AllOf(&["ebpf-exits-ioeventfd-sink", "ebpf-exits-coalesced"]),
-    },
-    ClaimDef {
-        id: "integrity",
-        text: "lost, doubled or reordered accesses over all scenarios",
-        bar: Bar::AtMost(0.0),
-        how: How::Figure(wrong_accesses),
-    },
-];
-
-/// Whether a claim compares this scenario with another, so that it is measured in turn with
-/// references.
-pub fn compares(scenario: &str) -> bool {
-    let mut pairs = CLAIMS.iter().filter_map(|def| def.how.scenarios());
-    pairs.any(|pair| pair.contains(&scenario))
+/// Those of the scenarios that claims compare with others of them, so that they are measured in turn
+/// with references.
+pub fn compared<'a>(scenarios: &HashSet<&'a str>) -> HashSet<&'a str> {
+    let all = CLAIMS.iter().chain(NATIVE_CLAIMS);
+    let pairs = all.filter_map(|def| def.how.scenarios());
+    let measured = pairs.filter_map(|[a, b]| Some([*scenarios.get(a)?, *scenarios.get(b)?]));
+    measured.flatten().collect()
 }
 
 /// Fills in the ratios and the claims of a finished run.
@@ -244,14 +127,21 @@ pub fn complete(results: &mut Results) {
     results.claims = evaluate(results);
 }
 
-/// Evaluates [`CLAIMS`] over the scenarios of one run.
-pub fn evaluate(results: &Results) -> Vec<Claim> {
-    evaluate_table(CLAIMS, results)
+/// The claims that these runs can decide.
+pub fn applicable(runs: &[Results]) -> impl Iterator<Item = &'static ClaimDef> {
+    let has_ioregionfd = |run: &Results| {
+        let mut found = run.mechanisms.iter();
+        found.any(|mechanism| mechanism.name == "ioregionfd" && mechanism.available)
+    };
+    let native = runs.iter().any(has_ioregionfd);
+    let native = NATIVE_CLAIMS.iter().filter(move |_| native);
+    CLAIMS.iter().chain(native)
 }
 
-fn evaluate_table(table: &[ClaimDef], results: &Results) -> Vec<Claim> {
-    let mut claims: Vec<Claim> = Vec::with_capacity(table.len());
-    for def in table {
+/// Evaluates the claims over the scenarios of one run.
+pub fn evaluate(results: &Results) -> Vec<Claim> {
+    let mut claims: Vec<Claim> = Vec::new();
+    for def in applicable(std::slice::from_ref(results)) {
         let outcome = match def.how {
             How::Ratio(of, over) => ratio(results, of, over),
             How::RatioWithCost(of, over) => ratio_with_cost(results, of, over),
@@ -395,17 +285,13 @@ fn ratio_with_cost(results: &Results, of: &str, over: &str) -> Outcome {
     Ok(figure)
 }
 
-fn vs_best_forward(results: &Results) -> Outcome {
-    let posted = |s: &&Scenario| {
-        s.name.starts_with("forward-") && s.name.ends_with("/posted") && s.wrong() == 0
-    };
-    let best = results
-        .scenarios
-        .iter()
-        .filter(posted)
-        .min_by_key(|s| s.vcpu_ns.p50);
-    let best = best.ok_or("not measured: forward-*/posted")?;
-    let mut figure = ratio(results, "ebpf-ioeventfd/posted", &best.name)?;
+fn vs_best_forward(results: &Results, of: &str, operation: &str) -> Outcome {
+    let forwarded = results.scenarios.iter().filter(|s| {
+        s.name.starts_with("forward-") && s.name.ends_with(operation) && s.wrong() == 0
+    });
+    let best = forwarded.min_by_key(|s| s.vcpu_ns.p50);
+    let best = best.ok_or_else(|| format!("not measured: forward-*{operation}"))?;
+    let mut figure = ratio(results, of, &best.name)?;
     figure.note = format!("best transport: {}", best.name);
     Ok(figure)
 }

@@ -246,15 +246,16 @@ fn claim_table(runs: &[Results], format: Format) -> Table {
         .map(str::to_owned);
     let mut table = Table::new("Claims", first.chain((0..runs.len()).flat_map(of_run)));
     let all: Vec<Vec<Claim>> = runs.iter().map(claims::evaluate).collect();
-    for (row, def) in claims::CLAIMS.iter().enumerate() {
+    for def in claims::applicable(runs) {
         let mut cells = vec![def.id.to_owned()];
         cells.extend(wide.then(|| def.text.to_owned()));
         cells.push(def.bar.to_string());
         for claims in &all {
-            let c = &claims[row];
-            cells.push(c.value.map_or("–".into(), |value| figure(value, c.ci95)));
-            cells.push(verdict(c).to_owned());
-            cells.extend(wide.then(|| c.note.clone()));
+            let c = claims.iter().find(|claim| claim.id == def.id);
+            let measured = c.and_then(|c| Some(figure(c.value?, c.ci95)));
+            cells.push(measured.unwrap_or("–".into()));
+            cells.push(c.map_or("–", verdict).to_owned());
+            cells.extend(wide.then(|| c.map_or(String::new(), |c| c.note.clone())));
         }
         table.push(cells);
     }

@@ -31,6 +31,8 @@ pub enum Carrier {
     Ioeventfd,
     /// The eBPF program captures the value.
     Ebpf,
+    /// KVM sends the command.
+    Ioregionfd,
 }
 
 impl Carrier {
@@ -41,6 +43,7 @@ impl Carrier {
             Self::Forward => "forward",
             Self::Ioeventfd => "ioeventfd",
             Self::Ebpf => "ebpf",
+            Self::Ioregionfd => "ioregionfd",
             _ => "floor",
         }
     }
@@ -336,6 +339,14 @@ const SEQPACKET: Row = STREAM.transport(Transport::Seqpacket);
 const PIPES: Row = STREAM.transport(Transport::Pipes);
 const MAILBOX: Row = STREAM.transport(Transport::Mailbox);
 const SPINNING: Row = MAILBOX.wait(Wait::Spin);
+const NATIVE_STREAM: Row = Row {
+    carrier: Carrier::Ioregionfd,
+    ..STREAM
+};
+const NATIVE_SEQPACKET: Row = NATIVE_STREAM.transport(Transport::Seqpacket);
+const NATIVE_PIPES: Row = NATIVE_STREAM.transport(Transport::Pipes);
+const NATIVE_MAILBOX: Row = NATIVE_STREAM.transport(Transport::Ioregionfd);
+const NATIVE_POLLED: Row = NATIVE_MAILBOX.wait(Wait::Poll);
 const IOEVENTFD: Row = Row {
     carrier: Carrier::Ioeventfd,
     ..STREAM
@@ -392,6 +403,27 @@ pub const ROWS: &[Row] = &[
     PIPES.named("forward-pipes/read", Read).tier(Mode::Full),
     MAILBOX.named("forward-mailbox/read", Read),
     SPINNING.named("forward-mailbox-spin/read", Read),
+    NATIVE_STREAM.named("ioregionfd-stream/read", Read),
+    NATIVE_STREAM.named("ioregionfd-stream/write", Write),
+    NATIVE_STREAM.posted("ioregionfd-stream/posted"),
+    NATIVE_SEQPACKET.named("ioregionfd-seqpacket/read", Read),
+    NATIVE_SEQPACKET.named("ioregionfd-seqpacket/write", Write),
+    NATIVE_SEQPACKET.posted("ioregionfd-seqpacket/posted"),
+    NATIVE_PIPES.named("ioregionfd-pipes/read", Read),
+    NATIVE_PIPES.named("ioregionfd-pipes/write", Write),
+    NATIVE_PIPES.posted("ioregionfd-pipes/posted"),
+    NATIVE_MAILBOX
+        .named("ioregionfd-mailbox/read", Read)
+        .tier(Mode::Smoke),
+    NATIVE_MAILBOX
+        .named("ioregionfd-mailbox/write", Write)
+        .tier(Mode::Smoke),
+    NATIVE_MAILBOX
+        .posted("ioregionfd-mailbox/posted")
+        .tier(Mode::Smoke),
+    NATIVE_POLLED.named("ioregionfd-mailbox-polled/read", Read),
+    NATIVE_POLLED.named("ioregionfd-mailbox-polled/write", Write),
+    NATIVE_POLLED.posted("ioregionfd-mailbox-polled/posted"),
     STREAM.named("forward-stream/mixed", Mixed).tier(Mode::Full),
     IOEVENTFD.named("ioeventfd/mixed", Mixed).tier(Mode::Full),
     IOEVENTFD.posted("ioeventfd/posted@1").doorbells(1),
@@ -502,13 +534,13 @@ pub const ROWS: &[Row] = &[
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ioregion_bench::claims::CLAIMS;
+    use ioregion_bench::claims::{CLAIMS, NATIVE_CLAIMS};
 
     #[test]
     fn names_are_unique_and_claims_find_theirs() {
         let names: std::collections::HashSet<_> = ROWS.iter().map(|row| row.name).collect();
         assert_eq!(names.len(), ROWS.len());
-        for claim in CLAIMS {
+        for claim in CLAIMS.iter().chain(NATIVE_CLAIMS) {
             let mut wanted = claim.how.scenarios().into_iter().flatten();
             assert!(wanted.all(|name| names.contains(name)), "{}", claim.id);
         }

@@ -6,6 +6,7 @@ mod meter;
 mod rig;
 mod task;
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -99,8 +100,9 @@ struct Slot {
 
 impl Slot {
     /// The slot of one of the row's VMs.
-    fn of(self, row: &Row) -> Self {
-        let timed = if claims::compares(row.name) {
+    fn of(self, entry: &Entry) -> Self {
+        let row = entry.row;
+        let timed = if entry.compared {
             self.compared
         } else {
             self.timed
@@ -116,6 +118,8 @@ impl Slot {
 /// A row and what has been measured of it.
 struct Entry {
     row: &'static Row,
+    /// A claim compares it with another row of this run.
+    compared: bool,
     figures: Figures,
     /// Kept from round to round, where that disturbs nobody.
     rigs: Vec<Rig>,
@@ -152,6 +156,11 @@ pub fn run(options: &Options) -> Result<(Results, Vec<PathBuf>)> {
         .filter(|row| available(row, &results.mechanisms))
         .map(Entry::new)
         .collect();
+    let names: HashSet<&str> = entries.iter().map(|entry| entry.row.name).collect();
+    let compared = claims::compared(&names);
+    for entry in &mut entries {
+        entry.compared = compared.contains(entry.row.name);
+    }
     let bar = ProgressBar::new((rounds * entries.len()) as u64).with_style(
         ProgressStyle::with_template("{bar:30} {pos}/{len} {eta} {msg}")?,
     );
@@ -187,7 +196,7 @@ pub fn run(options: &Options) -> Result<(Results, Vec<PathBuf>)> {
             let entry = &mut entries[at];
             bar.set_message(entry.row.name);
             let had_failed = entry.failed.is_some();
-            entry.measure(program.as_ref(), &cpus, slot.of(entry.row));
+            entry.measure(program.as_ref(), &cpus, slot.of(entry));
             if let Some(error) = entry.failed.as_ref().filter(|_| !had_failed) {
                 bar.suspend(|| eprintln!("{}: {}", entry.row.name, reason(error)));
             }
@@ -321,6 +330,7 @@ impl Entry {
     fn new(row: &'static Row) -> Self {
         Self {
             row,
+            compared: false,
             figures: Figures::default(),
             rigs: Vec::new(),
             failed: None,
@@ -392,7 +402,7 @@ impl Entry {
                 Measure::Plain,
                 self.figures.iterations(slot.plain / 7, MOST),
             )?;
-            if claims::compares(self.row.name) {
+            if self.compared {
                 timed.extend(referenced(rig, &mut self.figures, slot.timed)?);
             } else {
                 let n = self
@@ -460,7 +470,7 @@ fn scenario(row: &Row, cpus: &Cpus, figures: Figures, rounds: usize) -> Scenario
         ioregion_dispatch::Delivery::Fifo => "fifo",
     };
     let transport = match row.carrier {
-        Carrier::Forward => Some(row.transport.name()),
+        Carrier::Forward | Carrier::Ioregionfd => Some(row.transport.name()),
         Carrier::SocketpairPingPong => Some("stream"),
         Carrier::EventfdPingPong | Carrier::Ioeventfd | Carrier::SinkWithoutReader => {
             Some("eventfd")

@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use ioregion_abi::wire::Layout;
 use ioregion_bench::results::Pinning;
-use ioregion_dispatch::mechanism::{Ebpf, Forward, Ioeventfd, KvmRun};
+use ioregion_dispatch::mechanism::{Ebpf, Forward, Ioeventfd, Ioregionfd, KvmRun};
 use ioregion_dispatch::server::DeviceEnd;
 use ioregion_dispatch::{
-    Channel, Delivery, Doorbell, Exit, Mechanism, Program as Bpf, Region, Size, Vcpu, Vm, wire,
+    Channel, Delivery, Doorbell, Exit, Mechanism, Program as Bpf, Region, Size, Transport, Vcpu,
+    Vm, wire,
 };
 use ioregion_microguest::{DEFAULT_RAM, MicroVm, Program, TscClock};
 use nix::sys::signal::Signal;
@@ -100,6 +101,8 @@ fn region(row: &Row, vcpu: u32) -> Region {
                 .wake(row.wake)
         };
         region.doorbells = (0..row.doorbells).map(doorbell).collect();
+        // KVM does not know doorbells: for it a region posts all writes or none.
+        region.posted_writes = row.carrier == Carrier::Ioregionfd;
     }
     region
 }
@@ -170,11 +173,17 @@ impl Rig {
             served.meter = Some(meter);
             return Ok(served);
         }
-        let (ours, theirs) = wire::pair(row.transport)?;
-        let channel = Arc::new(Channel::new(ours, Layout::default(), row.wait.patience()));
+        let (channel, theirs) = if row.transport == Transport::Ioregionfd {
+            Channel::purpose_made(self.guest.vm())?
+        } else {
+            let (ours, theirs) = wire::pair(row.transport)?;
+            let channel = Channel::new(ours, Layout::default(), row.wait.patience());
+            (Arc::new(channel), theirs)
+        };
         let mechanism: Box<dyn Mechanism> = match row.carrier {
             Carrier::Forward => Box::new(Forward::new(&channel)),
             Carrier::Ebpf => Box::new(Ebpf::new(&channel)),
+            Carrier::Ioregionfd => Box::new(Ioregionfd::new(&channel)),
             _ => Box::new(Ioeventfd::new(&channel)),
         };
         let assigned = self.vm.assign(&region, &*mechanism)?;
