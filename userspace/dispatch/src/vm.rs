@@ -174,7 +174,9 @@ impl Vm {
     }
 
     /// Replaces the mechanism (channel, device, flags, doorbells) of the region that has the
-    /// same bus, address and size. Accesses wait meanwhile; none is lost.
+    /// same bus, address and size. Accesses wait meanwhile; none is lost, except that between
+    /// [`Ioregionfd`](crate::mechanism::Ioregionfd) and the mechanisms outside of KVM the access
+    /// under way returns all-ones or comes back as unclaimed.
     ///
     /// # Errors
     ///
