@@ -93,7 +93,8 @@ impl Server {
         for (token, (_, fd)) in (SOURCES..).zip(&self.polled) {
             self.ring.poll(*fd, libc::POLLIN, token)?;
         }
-        if session.wire.transport() != Transport::Mailbox {
+        let transport = session.wire.transport();
+        if !matches!(transport, Transport::Mailbox | Transport::Ioregionfd) {
             let stream = self.stream.insert(Stream::new(session)?);
             stream.receive(&mut self.ring)?;
         }
