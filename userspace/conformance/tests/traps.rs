@@ -382,19 +382,31 @@ fn a_read_flushes_a_thousand_doorbells() -> Result<()> {
     Ok(())
 }
 
-/// A program that a loader on another thread holds, and the loader's end of the connection.
-fn from_a_loader(dir: &Path) -> Result<(Arc<Bpf>, UnixStream)> {
+/// A loader on another thread, and its end of the connection.
+struct Loader(std::thread::JoinHandle<()>, UnixStream);
+
+impl Loader {
+    /// As loaders do: first detaches the program, then hangs up.
+    fn end(self) -> Result<()> {
+        self.1.shutdown(std::net::Shutdown::Read)?;
+        self.0.join().expect("the loader's thread");
+        Ok(())
+    }
+}
+
+/// A program that a loader on another thread holds.
+fn from_a_loader(dir: &Path) -> Result<(Arc<Bpf>, Loader)> {
     let path = dir.join("loader");
     let listener = UnixListener::bind(&path)?;
     let object = std::fs::read(Bpf::find()?)?;
     let (sender, receiver) = mpsc::channel();
-    std::thread::spawn(move || {
+    let thread = std::thread::spawn(move || {
         let (socket, _) = listener.accept().expect("a client");
         sender.send(socket.try_clone()).expect("somebody waits");
         ioregion_dispatch::ebpf::serve_vmm(&socket, &object).expect("a loader");
     });
     let bpf = Bpf::connect(&path)?;
-    Ok((bpf, receiver.recv()??))
+    Ok((bpf, Loader(thread, receiver.recv()??)))
 }
 
 #[test]
@@ -411,7 +423,7 @@ fn what_was_captured_once_is_not_taken_for_a_later_write_that_nobody_saw() -> Re
         run_to_halt(&mut vcpu)?;
         device.wait(|told| rung(told).0 == 1)?;
         assert_eq!(vcpu.stats().exits, 0);
-        loader.shutdown(std::net::Shutdown::Both)?;
+        loader.end()?;
         let gone = (0..20_000).find_map(|_| {
             std::thread::sleep(Duration::from_millis(1));
             rig.vm.next_event()

@@ -43,8 +43,11 @@ pub(crate) trait Control: Send + Sync + fmt::Debug {
     fn whoami(&self) -> BorrowedFd<'_>;
     /// How often the kernel skipped the programs because they were running already.
     fn recursion_misses(&self) -> io::Result<u64>;
-    /// Becomes ready when the holder is gone, and with it the program.
+    /// Becomes ready when the holder goes away, and with it the program.
     fn hangup(&self) -> Option<BorrowedFd<'_>>;
+    /// After a hang-up, waits until the program is detached: a holder that is killed may lose its
+    /// socket first, and what the program still captures would be carried twice.
+    fn await_end(&self) {}
     /// Attaches or detaches the programs.
     fn set_attached(&self, _attached: bool) -> Result<(), LoadError> {
         Err(LoadError::Io(io::ErrorKind::Unsupported.into()))

@@ -5,13 +5,17 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use ioregion_abi::bpf::{MatchEntry, MatchKey, ZoneKey};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::unistd::getpid;
 
 use super::control::{Control, PortFds};
 use super::program::LoadError;
 use super::protocol::{MAX_FRAME, Reply, Request, VERSION, pack_entry, pack_key};
 use crate::frame;
+use crate::sys::pidfd;
 
 /// A program in another process.
 #[derive(Debug)]
@@ -21,7 +25,12 @@ pub(crate) struct Remote {
     watched: UnixStream,
     records: OwnedFd,
     whoami: OwnedFd,
+    /// The loader's process; none where it cannot be seen from here.
+    loader: Option<OwnedFd>,
 }
+
+/// How long a process may take to end after it has closed its socket.
+const DEATH: Duration = Duration::from_secs(1);
 
 impl Remote {
     pub(crate) fn connect(path: &Path) -> Result<Self, LoadError> {
@@ -35,7 +44,10 @@ impl Remote {
             return Err(error(unexpected()));
         };
         let watched = socket.try_clone().map_err(error)?;
+        let loader = getsockopt(&socket, PeerCredentials).map(|peer| peer.pid());
+        let loader = loader.ok().filter(|pid| *pid != getpid().as_raw());
         Ok(Self {
+            loader: loader.and_then(|pid| pidfd::open(pid).ok()),
             socket: Mutex::new(socket),
             watched,
             records,
@@ -150,5 +162,14 @@ impl Control for Remote {
 
     fn hangup(&self) -> Option<BorrowedFd<'_>> {
         Some(self.watched.as_fd())
+    }
+
+    fn await_end(&self) {
+        // A loader that lives on has detached the program before it hung up.
+        if let Some(loader) = &self.loader
+            && let Err(error) = pidfd::await_end(loader, DEATH)
+        {
+            tracing::warn!(%error, "cannot wait for the end of the eBPF loader");
+        }
     }
 }

@@ -366,6 +366,7 @@ impl VmProgram {
             {
                 tracing::error!("the eBPF loader is gone; doorbells exit from now on");
                 hangup = None;
+                self.control().await_end();
                 self.gone.store(true, Ordering::SeqCst);
                 if let Some(vm) = shared.upgrade() {
                     vm.unsink_all();

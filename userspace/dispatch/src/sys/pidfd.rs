@@ -2,7 +2,9 @@
 
 use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// Opens a process that is there now.
@@ -19,6 +21,17 @@ pub(crate) fn open(pid: libc::pid_t) -> io::Result<OwnedFd> {
 
 /// Whether the process has ended.
 pub(crate) fn has_ended(process: &OwnedFd) -> io::Result<bool> {
+    await_end(process, Duration::ZERO)
+}
+
+/// Waits for the end of the process, all its files closed; false if it has not come by then.
+pub(crate) fn await_end(process: &OwnedFd, time: Duration) -> io::Result<bool> {
     let mut fds = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
-    Ok(poll(&mut fds, PollTimeout::ZERO)? > 0)
+    let time = PollTimeout::try_from(time).map_err(io::Error::other)?;
+    loop {
+        match poll(&mut fds, time) {
+            Err(Errno::EINTR) => {}
+            ready => return Ok(ready? > 0),
+        }
+    }
 }
