@@ -14,6 +14,7 @@ use clap::Args;
 
 use crate::apt::{self, Package};
 use crate::lock::Lock;
+use crate::progress::Progress;
 use crate::sh::Cmd;
 use crate::toolchain::Missing;
 use key::Key;
@@ -264,26 +265,24 @@ fn keep(objects: &Path, out: &Path, key: &Key) -> Result<()> {
 /// Prints and runs a command whose output goes to a log; tells now and then how far it is, and
 /// of a failure what stands around the first error.
 fn logged(command: &Cmd, log: &Path) -> Result<()> {
-    const TELL: Duration = Duration::from_secs(30);
     println!("output in {}", log.display());
     let mut child = command.spawn(log)?;
-    let (started, mut told) = (Instant::now(), Instant::now());
+    let mut progress = Progress::new("make");
     let status = loop {
         if let Some(status) = child.try_wait().context("waiting for make")? {
             break status;
         }
-        if told.elapsed() >= TELL {
-            told = Instant::now();
+        progress.tick(|| {
             let text = fs::read(log).unwrap_or_default();
-            let compiled = String::from_utf8_lossy(&text)
+            let text = String::from_utf8_lossy(&text);
+            let compiled = text
                 .lines()
-                .filter(|line| line.trim_start().starts_with("CC "))
-                .count();
-            let seconds = started.elapsed().as_secs();
-            println!("  {seconds} s: {compiled} files compiled");
-        }
+                .filter(|line| line.trim_start().starts_with("CC "));
+            format!("{} files compiled", compiled.count())
+        });
         std::thread::sleep(Duration::from_millis(100));
     };
+    drop(progress);
     if status.success() {
         return Ok(());
     }

@@ -6,6 +6,7 @@ mod ebpf;
 mod kernel;
 mod lock;
 mod outcome;
+mod progress;
 mod setup;
 mod sh;
 mod tiers;
@@ -90,14 +91,17 @@ enum Task {
     /// machine's KVM, where that boots it), a kernel, and an initramfs made of static programs;
     /// it has no disk and no network. Logs go to target/vm/KERNEL. The exit status is 1 where a
     /// program fails, the kernel complains (panic, oops, BUG, warning, lockup, stall, KASAN,
-    /// lockdep) or time is over. The stock kernel is fetched once into the cache; remove its
-    /// folder there to have a newer one.
+    /// lockdep) or time is over; --plants shows that such things are noticed. Patched kernels
+    /// also run the kernel's own tests (`--test kernel-selftests` only these). The stock kernel
+    /// is fetched once into the cache; remove its folder there to have a newer one.
     #[command(after_help = "Examples:
   cargo xtask vm                                     # the whole suite on the stock kernel
   cargo xtask vm --empty                             # boot and power off
   cargo xtask vm --test order --test sizes           # two test programs
   cargo xtask vm --test order -- --nocapture mmio    # some tests of one, with their output
   cargo xtask vm --icount --exec target/x/program    # a program of your own, counted time
+  cargo xtask vm --exec 'a/one --fast' --exec a/two --results out    # two, with result files
+  cargo xtask vm --kernel debug --plants             # are the kernel's checkers awake?
   cargo xtask vm --image bzImage --keep              # another kernel; keep the initramfs")]
     Vm(Box<vm::VmArgs>),
     /// Tables and plots from one or many result files

@@ -13,7 +13,8 @@ pub enum Outcome {
     Skipped(String),
 }
 
-/// How many tests a result line of cargo test or nextest says were run; `None` for other lines.
+/// How many tests a result line of cargo test, of nextest or of the kernel's tests says were run;
+/// `None` for other lines.
 pub fn tests_in(line: &str) -> Option<u64> {
     let words: Vec<&str> = line.split_whitespace().collect();
     // cargo test: "test result: ok. 3 passed; 0 failed; 1 ignored; …"
@@ -23,6 +24,10 @@ pub fn tests_in(line: &str) -> Option<u64> {
             words[at.checked_sub(1)?].parse::<u64>().ok()
         };
         return Some(before("passed;")? + before("failed;")?);
+    }
+    // The kernel's tests: "VERDICT PASS: 21 tests, 0 failed"
+    if let ["VERDICT", "PASS:" | "FAIL:", tests, "tests,", ..] = words[..] {
+        return tests.parse().ok();
     }
     // nextest: "Summary [   0.005s] 3 tests run: 3 passed, 0 skipped"
     if words.first() != Some(&"Summary") {
@@ -87,6 +92,9 @@ mod tests {
                 "     Summary [   0.1s] 2/5 tests run: 1 passed, 1 failed",
                 Some(2),
             ),
+            ("VERDICT PASS: 21 tests, 0 failed", Some(21)),
+            ("VERDICT FAIL: 2 tests, 1 failed", Some(2)),
+            ("VERDICT PASS: many tests, 0 failed", None),
             ("running 3 tests", None),
             ("a guest said: 7 tests run: none", None),
         ];

@@ -108,6 +108,20 @@ impl Cmd {
         self
     }
 
+    /// Has the command killed when we end, however we do (where the system has `setpriv`).
+    pub fn tied_to_us(self) -> Self {
+        if which("setpriv").is_none() {
+            return self;
+        }
+        let mut tied = Self::line("setpriv --pdeathsig KILL --").arg(&self.program);
+        tied.args.extend(self.args);
+        Self {
+            program: tied.program,
+            args: tied.args,
+            ..self
+        }
+    }
+
     fn command(&self) -> Command {
         let mut command = Command::new(&self.program);
         command.args(&self.args);

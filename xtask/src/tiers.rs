@@ -154,12 +154,59 @@ const TIERS: &[Tier] = &[
     },
     Tier {
         name: "vm-stock",
-        full: true,
-        what: "the conformance suite in a VM, on Debian's packaged kernel",
+        what: "the conformance suite in a VM, on Debian's packaged kernel; what fails is noticed",
         counts: true,
         ebpf: true,
-        needs: |host| host.tools().and_then(|_| vm::check(KernelChoice::Stock)),
-        commands: |_| Ok(vec![Cmd::line("cargo xtask vm --kernel stock")]),
+        needs: |host| vm_with(host, KernelChoice::Stock),
+        commands: |_| {
+            let stock = "cargo xtask vm --kernel stock";
+            Ok(vec![Cmd::line(stock), Cmd::line(stock).arg("--plants")])
+        },
+        ..ROW
+    },
+    Tier {
+        name: "vm-patched",
+        what: "the conformance suite and the kernel's own tests in a VM, on the patched kernel",
+        counts: true,
+        ebpf: true,
+        needs: |host| vm_with(host, KernelChoice::Patched),
+        commands: |_| Ok(vec![Cmd::line("cargo xtask vm --kernel patched")]),
+        ..ROW
+    },
+    Tier {
+        name: "vm-debug",
+        what: "the same with lock and memory checkers, which notice planted faults",
+        full: true,
+        counts: true,
+        ebpf: true,
+        needs: |host| vm_with(host, KernelChoice::Debug),
+        commands: |_| {
+            let debug = "cargo xtask vm --kernel debug --timeout 14400";
+            Ok(vec![
+                Cmd::line(debug).arg("--plants"),
+                Cmd::line(debug),
+                // Made-up ioctls for minutes.
+                Cmd::line(debug).args(["--full", "--test", "kernel-selftests"]),
+            ])
+        },
+        ..ROW
+    },
+    Tier {
+        name: "vm-soak",
+        what: "the same in VMs without checkers, at the full lengths",
+        full: true,
+        counts: true,
+        ebpf: true,
+        needs: |host| {
+            vm_with(host, KernelChoice::Stock)?;
+            vm_with(host, KernelChoice::Patched)
+        },
+        commands: |_| {
+            let full = "cargo xtask vm --full --timeout 14400 --job-timeout 3600 --kernel";
+            Ok(["stock", "patched"]
+                .map(|kernel| Cmd::line(full).arg(kernel))
+                .into())
+        },
         ..ROW
     },
     Tier {
@@ -202,6 +249,12 @@ fn guests(host: &Host) -> Result<(), Missing> {
         return Err(Missing::new(reason, "`cargo xtask build-ebpf`"));
     }
     Ok(())
+}
+
+/// The eBPF tools, and a VM with this kernel.
+fn vm_with(host: &Host, kernel: KernelChoice) -> Result<(), Missing> {
+    host.tools()?;
+    vm::check(kernel)
 }
 
 /// Whether guests can be run.
@@ -374,95 +427,4 @@ fn run_tier(tier: &Tier, host: &Host, ci: bool) -> Outcome {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn host() -> Host<'static> {
-        Host {
-            root: Path::new("/"),
-            tools: Err(Missing::new("no tools", "install them")),
-        }
-    }
-
-    #[test]
-    fn tier_without_tests_fails() {
-        let empty = Tier {
-            counts: true,
-            commands: |_| Ok(vec![Cmd::line("echo test result: ok. 0 passed; 0 failed;")]),
-            ..ROW
-        };
-        assert_eq!(
-            run_tier(&empty, &host(), false),
-            Outcome::Failed("no test ran".into())
-        );
-    }
-
-    #[test]
-    fn tier_reports_how_many_tests_ran_over_all_its_binaries() {
-        let tier = Tier {
-            counts: true,
-            commands: |_| {
-                let line = "echo test result: ok. 2 passed; 0 failed;";
-                Ok(vec![Cmd::line(line), Cmd::line(line)])
-            },
-            ..ROW
-        };
-        assert_eq!(
-            run_tier(&tier, &host(), true),
-            Outcome::Passed("tests: 4".into())
-        );
-    }
-
-    #[test]
-    fn tier_with_a_failing_command_fails() {
-        let tier = Tier {
-            counts: true,
-            commands: |_| Ok(vec![Cmd::line("false")]),
-            ..ROW
-        };
-        let outcome = run_tier(&tier, &host(), false);
-        assert!(matches!(outcome, Outcome::Failed(_)), "{outcome:?}");
-    }
-
-    #[test]
-    fn tier_that_cannot_run_is_skipped_but_fails_in_ci_unless_optional() {
-        const NEEDY: Tier = Tier {
-            needs: |host| host.tools().map(drop),
-            ..ROW
-        };
-        let why = "no tools; enable: install them";
-        assert_eq!(
-            run_tier(&NEEDY, &host(), false),
-            Outcome::Skipped(why.into())
-        );
-        assert_eq!(
-            run_tier(&NEEDY, &host(), true),
-            Outcome::Failed(format!("cannot run: {why}"))
-        );
-        let optional = Tier {
-            optional: true,
-            ..NEEDY
-        };
-        assert_eq!(
-            run_tier(&optional, &host(), true),
-            Outcome::Skipped(why.into())
-        );
-    }
-
-    #[test]
-    fn privileges_are_read_from_the_effective_capabilities() {
-        let with = |capabilities: u64| bpf_privileges(&format!("CapEff:\t{capabilities:016x}\n"));
-        assert!(with(1 << 21).is_ok());
-        assert!(with(1 << 38 | 1 << 39).is_ok());
-        assert!(with(1 << 39).is_err());
-        assert!(bpf_privileges("").is_err());
-    }
-
-    #[test]
-    fn tier_names_are_unique() {
-        let mut names: Vec<&str> = TIERS.iter().map(|tier| tier.name).collect();
-        names.sort_unstable();
-        names.dedup();
-        assert_eq!(names.len(), TIERS.len());
-    }
-}
+mod tests;

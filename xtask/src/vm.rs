@@ -6,7 +6,11 @@ mod cpio;
 mod initramfs;
 mod modules;
 mod options;
+mod pace;
+mod plants;
 mod qemu;
+mod results;
+mod show;
 mod stock;
 mod suite;
 
@@ -14,7 +18,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use ioregion_init::Report;
 
 use crate::apt::{self, Package};
 use crate::kernel::{KernelArgs, Variant};
@@ -23,10 +26,11 @@ use crate::sh::{Cmd, table, which};
 use crate::toolchain::Missing;
 use crate::{ebpf, kernel, setup};
 use accelerator::Choice;
-use console::Ran;
 use initramfs::Initramfs;
 pub use options::{KernelChoice, VmArgs};
-use qemu::{Accelerator, Logs, Machine, Run};
+use plants::Plant;
+use qemu::{Accelerator, Logs, Machine};
+use show::Shown;
 
 /// Packages whose tests run guests, and so run in the VM.
 pub const GUEST_PACKAGES: [&str; 3] = [
@@ -111,14 +115,6 @@ pub fn run(root: &Path, args: &VmArgs) -> Result<()> {
     let kernel = kernel(root, args)?;
     println!("{}: {}", kernel.what, kernel.image.display());
     let init = suite::init(root)?;
-    let mut initramfs = Initramfs::new(&init)?;
-    if let Some(folder) = &kernel.modules {
-        let mut wanted = MODULES.to_vec();
-        wanted.extend(args.modules.iter().map(String::as_str));
-        initramfs.modules(modules::read(folder, &wanted)?)?;
-    }
-    fill(&mut initramfs, root, args)?;
-
     let (dir, _lock) = working_folder(&root.join("target/vm"), args.kernel_name())?;
     let accelerator = match (args.icount, args.accel) {
         (Some(shift), _) => Accelerator::Counted { shift },
@@ -126,41 +122,138 @@ pub fn run(root: &Path, args: &VmArgs) -> Result<()> {
         (None, Choice::Kvm) => Accelerator::Kvm,
         (None, Choice::Auto) => accelerator::choose(&kernel, &init, &dir.join("probe"))?,
     };
-    let machine = Machine {
-        image: kernel.image,
-        initrd: dir.join("initramfs.cpio"),
-        cpus: args.cpus(),
-        memory_mib: args.mem,
+    let vm = Prepared {
+        root,
+        args,
+        kernel,
+        init,
+        dir,
         accelerator,
-        append: args.append.clone(),
     };
-    let jobs = initramfs.jobs();
-    let size = initramfs.write(&machine.initrd)?;
-    println!("initramfs: {jobs} programs, {} MiB", size >> 20);
-
-    let logs = Logs::new(&dir);
-    let limit = Duration::from_secs(args.timeout);
-    let run = machine.run(&logs, limit, print_line)?;
-    let failures = run.failures(jobs, limit);
-    print!("\n{}", summary(&run));
-    println!("logs: {}", dir.display());
-    if args.keep {
-        println!("again by hand: {}", machine.command(&logs));
+    let plants = args.plants();
+    if plants.is_empty() {
+        vm.run_programs()
     } else {
-        // Large, and made anew each time.
-        let _ = std::fs::remove_file(&machine.initrd);
+        vm.run_plants(&plants)
     }
-    if !failures.is_empty() {
-        for tail in [&logs.qemu, &logs.kernel] {
-            print_tail(tail, &run);
+}
+
+/// Everything but the contents of a VM.
+struct Prepared<'a> {
+    root: &'a Path,
+    args: &'a VmArgs,
+    kernel: Kernel,
+    init: PathBuf,
+    /// For the initramfs and logs.
+    dir: PathBuf,
+    accelerator: Accelerator,
+}
+
+impl Prepared<'_> {
+    /// An initramfs that loads modules and runs nothing.
+    fn initramfs(&self) -> Result<Initramfs> {
+        let mut initramfs = Initramfs::new(&self.init)?;
+        if let Some(folder) = &self.kernel.modules {
+            let mut wanted = MODULES.to_vec();
+            wanted.extend(self.args.modules.iter().map(String::as_str));
+            initramfs.modules(modules::read(folder, &wanted)?)?;
         }
-        bail!("the VM run failed:\n  {}", failures.join("\n  "));
+        Ok(initramfs)
     }
-    println!(
-        "VM passed: {jobs} programs, verdict {:.1} s after power on",
-        run.time.as_secs_f64()
-    );
-    Ok(())
+
+    fn machine(&self, append: &[&str]) -> Machine {
+        let mut all = self.args.append.clone();
+        all.extend(append.iter().map(ToString::to_string));
+        Machine {
+            image: self.kernel.image.clone(),
+            initrd: self.dir.join("initramfs.cpio"),
+            cpus: self.args.cpus(),
+            memory_mib: self.args.mem,
+            accelerator: self.accelerator,
+            append: all,
+        }
+    }
+
+    /// The ordinary run: all programs in one VM.
+    fn run_programs(&self) -> Result<()> {
+        let mut initramfs = self.initramfs()?;
+        for (name, value) in pace::environment(self.accelerator, self.args) {
+            initramfs.env(&name, &value);
+        }
+        fill(&mut initramfs, self.root, self.args)?;
+        let machine = self.machine(&[]);
+        let jobs = initramfs.jobs();
+        let size = initramfs.write(&machine.initrd)?;
+        println!("initramfs: {jobs} programs, {} MiB", size >> 20);
+
+        let logs = Logs::new(&self.dir);
+        let limit = Duration::from_secs(self.args.timeout);
+        let mut shown = Shown::new();
+        let run = machine.run(&logs, limit, |line, report| shown.show(line, report))?;
+        drop(shown);
+        let failures = run.failures(jobs, limit);
+        print!("\n{}", show::summary(&run));
+        println!("logs: {}", self.dir.display());
+        if self.args.keep {
+            println!("again by hand: {}", machine.command(&logs));
+        } else {
+            // Large, and made anew each time.
+            let _ = std::fs::remove_file(&machine.initrd);
+        }
+        if !failures.is_empty() {
+            for tail in [&logs.qemu, &logs.kernel] {
+                show::tail(tail, &run);
+            }
+            bail!("the VM run failed:\n  {}", failures.join("\n  "));
+        }
+        let folder = self.args.results.clone();
+        let folder = folder.unwrap_or_else(|| self.dir.join("results"));
+        for file in run.console.results.write(&folder)? {
+            println!("result: {}", file.display());
+        }
+        println!(
+            "VM passed: {jobs} programs, verdict {:.1} s after power on",
+            run.time.as_secs_f64()
+        );
+        Ok(())
+    }
+
+    /// Each fault in a VM of its own: every one must be noticed.
+    fn run_plants(&self, plants: &[Plant]) -> Result<()> {
+        let program = suite::plant(self.root)?;
+        let mut rows = vec![["planted fault", "noticed", "as"].map(String::from)];
+        let mut unnoticed = Vec::new();
+        for plant in plants {
+            let name = plant.name();
+            println!("\nplanting: {name}");
+            let mut initramfs = self.initramfs()?;
+            initramfs.job(&name, &program, &plant.args(), plant.limit_s())?;
+            let machine = self.machine(plant.append().as_slice());
+            initramfs.write(&machine.initrd)?;
+            let logs = Logs::new(&self.dir.join(&name));
+            std::fs::create_dir_all(self.dir.join(&name)).context("a folder for logs")?;
+            let limit = Duration::from_secs(self.args.timeout);
+            let mut shown = Shown::new();
+            let run = machine.run(&logs, limit, |line, report| shown.show(line, report))?;
+            drop(shown);
+            let _ = std::fs::remove_file(&machine.initrd);
+            let failures = run.failures(1, limit);
+            let noticed = plant.is_noticed(&run) && !failures.is_empty();
+            if !noticed {
+                show::tail(&logs.kernel, &run);
+                unnoticed.push(name.clone());
+            }
+            let how = failures.first().cloned().unwrap_or_default();
+            rows.push([name, if noticed { "yes" } else { "NO" }.into(), how]);
+        }
+        print!("\n{}", table(&rows));
+        println!("logs: {}", self.dir.display());
+        if !unnoticed.is_empty() {
+            bail!("planted faults went unnoticed: {}", unnoticed.join(", "));
+        }
+        println!("all {} planted faults were noticed", plants.len());
+        Ok(())
+    }
 }
 
 fn kernel(root: &Path, args: &VmArgs) -> Result<Kernel> {
@@ -212,6 +305,10 @@ fn fill(initramfs: &mut Initramfs, root: &Path, args: &VmArgs) -> Result<()> {
             let path = helper.to_str().context("a path that is no text")?;
             initramfs.program(helper, path)?;
         }
+        let mut suite = suite;
+        if args.has_patches() {
+            suite.tests.push(suite::selftests(root)?);
+        }
         let known: Vec<&str> = suite.tests.iter().map(|test| test.name.as_str()).collect();
         if let Some(unknown) = args
             .tests
@@ -220,15 +317,26 @@ fn fill(initramfs: &mut Initramfs, root: &Path, args: &VmArgs) -> Result<()> {
         {
             bail!("no test program {unknown}; there are: {}", known.join(", "));
         }
-        let chosen = |name: &String| args.tests.is_empty() || args.tests.contains(name);
-        for test in suite.tests.iter().filter(|test| chosen(&test.name)) {
-            initramfs.job(&test.name, &test.file, &args.test_args(), args.job_timeout)?;
+        for test in suite.tests.iter().filter(|test| args.chooses(&test.name)) {
+            let test_args = match test.name.as_str() {
+                suite::SELFTESTS => args.args.clone(),
+                _ => args.test_args(),
+            };
+            initramfs.job(&test.name, &test.file, &test_args, args.job_timeout)?;
         }
     }
-    for file in &args.exec {
-        initramfs::is_static_program(file)?;
+    for (number, words) in args.exec.iter().enumerate() {
+        let (file, mut own) = options::program_and_arguments(words)?;
+        initramfs::is_static_program(&file)?;
         let name = file.file_name().unwrap_or_default().to_string_lossy();
-        initramfs.job(&name, file, &args.args, args.job_timeout)?;
+        let name: String = name.split_whitespace().collect();
+        own.extend_from_slice(&args.args);
+        // Different programs may have the same name.
+        let name = match number {
+            0 => name,
+            _ => format!("{name}-{}", number + 1),
+        };
+        initramfs.job(&name, &file, &own, args.job_timeout)?;
     }
     Ok(())
 }
@@ -245,86 +353,6 @@ fn working_folder(base: &Path, name: &str) -> Result<(PathBuf, Lock)> {
         }
     }
     bail!("{} is full of running VMs", base.display())
-}
-
-/// Prints what programs say as it comes, and reports in words.
-fn print_line(line: &str, report: Option<&Report>) {
-    match report {
-        // The empty line before a report is the first process's.
-        None => println!("{line}"),
-        Some(Report::Start { name }) => println!("-- {name}"),
-        Some(Report::End {
-            name,
-            millis,
-            ending,
-        }) => println!("-- {name}: {ending}, {:.1} s", seconds(*millis)),
-        Some(Report::Kvm(Ok(()))) => println!("-- KVM is usable in the VM"),
-        Some(Report::Kvm(Err(why))) => println!("-- KVM is not usable in the VM: {why}"),
-        Some(Report::Broken(why)) => println!("-- gave up: {why}"),
-        Some(Report::Verdict { passed, total }) => println!("-- {passed} of {total} passed"),
-    }
-}
-
-fn seconds(millis: u64) -> f64 {
-    Duration::from_millis(millis).as_secs_f64()
-}
-
-/// The programs with their results and times.
-fn summary(run: &Run) -> String {
-    let mut rows = vec![["program", "result", "seconds", "tests"].map(String::from)];
-    for Ran {
-        name,
-        ending,
-        millis,
-        tests,
-        ..
-    } in &run.console.ran
-    {
-        let (result, time) = match ending {
-            Some(ending) if ending.passed() => ("passed".into(), seconds(*millis)),
-            Some(ending) => (format!("FAILED: {ending}"), seconds(*millis)),
-            None => ("FAILED: did not end".into(), 0.0),
-        };
-        rows.push([
-            name.clone(),
-            result,
-            format!("{time:.1}"),
-            tests.to_string(),
-        ]);
-    }
-    let mut text = if rows.len() > 1 {
-        table(&rows)
-    } else {
-        String::new()
-    };
-    if !run.stopped.is_zero() {
-        text.push_str(&format!(
-            "the VM stood still for {:.0} s, stopped from outside\n",
-            run.stopped.as_secs_f64()
-        ));
-    }
-    text
-}
-
-/// Prints the end of a log: around the first fault where there is one.
-fn print_tail(log: &Path, run: &Run) {
-    const LINES: usize = 40;
-    let text = std::fs::read(log).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text);
-    let lines: Vec<&str> = text.lines().collect();
-    let first = run.console.faults.first().map(|fault| fault.number - 1);
-    let is_kernel = log.ends_with("kernel.log");
-    let start = match first.filter(|_| is_kernel) {
-        Some(fault) => fault.saturating_sub(5),
-        None => lines.len().saturating_sub(LINES),
-    };
-    if lines.is_empty() {
-        return;
-    }
-    println!("\n{} from line {}:", log.display(), start + 1);
-    for line in lines.iter().skip(start).take(LINES) {
-        println!("| {}", line.trim_end());
-    }
 }
 
 #[cfg(test)]

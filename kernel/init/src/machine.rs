@@ -5,8 +5,8 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 
 use anyhow::{Context as _, Result};
-use ioregion_init::REPORT_TTY;
-use kvm_ioctls::Kvm;
+use ioregion_init::{REPORT_TTY, RESULTS};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::kmod::{ModuleInitFlags, finit_module};
@@ -34,7 +34,7 @@ const MOUNTS: &[(&str, &str, &str, bool)] = &[
 /// `/tmp` and `/run` are plain folders of the initramfs, which is memory, too: packed programs
 /// may lie in them.
 pub fn mount_all() -> Result<()> {
-    for (place, mode) in [("/tmp", 0o1777), ("/run", 0o755)] {
+    for (place, mode) in [("/tmp", 0o1777), ("/run", 0o755), (RESULTS, 0o755)] {
         let make = || -> io::Result<()> {
             DirBuilder::new().recursive(true).create(place)?;
             std::fs::set_permissions(place, Permissions::from_mode(mode))
@@ -131,10 +131,31 @@ fn loopback_up() -> nix::Result<()> {
     Errno::result(done).map(drop)
 }
 
-/// Whether a VM can be made here, or why not.
-pub fn kvm(unloaded: &[String]) -> Result<(), String> {
-    let made = Kvm::new().and_then(|kvm| kvm.create_vm());
-    made.map(drop).map_err(|error| {
+/// A VM of ours with a vCPU, kept until the machine powers off.
+///
+/// With the first VM and without the last one, the kernel rewrites its own code in the scheduler
+/// (the static key behind preemption notifiers; others of KVM's with the first vCPU that has no
+/// interrupt controller). Programs that make and drop VMs all the time would have it do so
+/// thousands of times, and emulators that run CPUs in parallel lose the race between one CPU that
+/// rewrites an instruction and another one that translates it: the kernel then dies of a
+/// breakpoint (`int3`) that nobody set any more.
+#[derive(Debug)]
+pub struct KeptVm {
+    _vcpu: VcpuFd,
+    _vm: VmFd,
+}
+
+/// Makes a VM, or says why none can be made here.
+pub fn kvm(unloaded: &[String]) -> Result<KeptVm, String> {
+    let make = || {
+        let vm = Kvm::new()?.create_vm()?;
+        let vcpu = vm.create_vcpu(0)?;
+        Ok(KeptVm {
+            _vcpu: vcpu,
+            _vm: vm,
+        })
+    };
+    make().map_err(|error: kvm_ioctls::Error| {
         let mut why = format!("{error}");
         for module in unloaded {
             why.push_str(&format!("; {module}"));

@@ -5,6 +5,7 @@
 
 mod machine;
 mod programs;
+mod results;
 
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
@@ -46,10 +47,15 @@ impl Log {
     /// the kernel's log, so that what the kernel says can be told to belong to a program.
     fn say(&self, report: &Report) {
         // In one piece each: every write to the kernel's log is a message of its own.
-        let _ = (&self.line).write_all(format!("\n{report}\n").as_bytes());
+        self.write(report);
         if let Ok(mut kernel) = OpenOptions::new().write(true).open("/dev/kmsg") {
             let _ = kernel.write_all(format!("<6>{report}\n").as_bytes());
         }
+    }
+
+    /// Writes one report only for the machine outside.
+    fn write(&self, report: &Report) {
+        let _ = (&self.line).write_all(format!("\n{report}\n").as_bytes());
     }
 
     fn flush(&self) {
@@ -62,7 +68,8 @@ fn work(log: &Log) -> Result<()> {
     let manifest = Manifest::decode(&text)?;
     let unloaded = machine::load_modules(&manifest.modules);
     machine::prepare()?;
-    log.say(&Report::Kvm(machine::kvm(&unloaded)));
+    let kept = machine::kvm(&unloaded);
+    log.say(&Report::Kvm(kept.as_ref().map(drop).map_err(String::clone)));
 
     let mut children = programs::Children::new(&log.line, &manifest.env)?;
     let mut passed = 0;
@@ -76,6 +83,7 @@ fn work(log: &Log) -> Result<()> {
             millis: u64::try_from(time.as_millis()).unwrap_or(u64::MAX),
             ending,
         });
+        results::send(|report| log.write(report))?;
     }
     log.say(&Report::Verdict {
         passed,

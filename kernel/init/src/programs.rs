@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use ioregion_init::{Ending, Job};
+use ioregion_init::{Ending, Job, RESULTS, RESULTS_VARIABLE};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal, kill};
@@ -22,6 +22,7 @@ const ENV: &[(&str, &str)] = &[
     ),
     ("HOME", "/tmp"),
     ("RUST_BACKTRACE", "1"),
+    (RESULTS_VARIABLE, RESULTS),
 ];
 
 /// Starts programs and reaps everything that dies.

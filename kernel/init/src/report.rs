@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::hex;
+
 /// How each report begins. A line that begins otherwise is a program's own.
 const MARK: &str = "@ioregion-vm";
 
@@ -55,6 +57,17 @@ pub enum Report {
         /// How.
         ending: Ending,
     },
+    /// A file that a program left behind; its bytes follow in [`Data`](Self::Data).
+    File {
+        /// Its name: one word, no folder.
+        name: String,
+        /// In bytes.
+        size: usize,
+        /// [`checksum`](crate::hex::checksum) of its bytes.
+        checksum: u64,
+    },
+    /// A piece of the file that was named last.
+    Data(Vec<u8>),
     /// The last word: how many programs succeeded, of how many.
     Verdict {
         /// Programs that succeeded.
@@ -80,6 +93,12 @@ impl fmt::Display for Report {
                 let ending = one_line(&ending.to_string());
                 write!(out, "{MARK} end {name} {millis} {ending}")
             }
+            Self::File {
+                name,
+                size,
+                checksum,
+            } => write!(out, "{MARK} file {name} {size} {checksum:016x}"),
+            Self::Data(bytes) => write!(out, "{MARK} data {}", hex::encode(bytes)),
             Self::Verdict { passed, total } => write!(out, "{MARK} verdict {passed} of {total}"),
             Self::Broken(why) => write!(out, "{MARK} broken: {}", one_line(why)),
         }
@@ -114,6 +133,16 @@ impl Report {
                     ending: parse_ending(fields.next()?)?,
                 })
             }
+            "file" => {
+                let mut fields = rest.split(' ');
+                let file = Self::File {
+                    name: fields.next()?.into(),
+                    size: fields.next()?.parse().ok()?,
+                    checksum: u64::from_str_radix(fields.next()?, 16).ok()?,
+                };
+                fields.next().is_none().then_some(file)
+            }
+            "data" => hex::decode(rest).map(Self::Data),
             "verdict" => {
                 let (passed, total) = rest.split_once(" of ")?;
                 Some(Self::Verdict {
@@ -158,6 +187,12 @@ mod tests {
             end(Ending::Signal(6)),
             end(Ending::Timeout),
             end(Ending::NotStarted("no such file".into())),
+            Report::File {
+                name: "run.json".into(),
+                size: 12,
+                checksum: u64::MAX,
+            },
+            Report::Data(vec![0, 1, 0xff]),
             Report::Verdict {
                 passed: 3,
                 total: 4,
@@ -179,6 +214,9 @@ mod tests {
             "@ioregion-vm end x 5",
             "@ioregion-vm end x 5 exit",
             "@ioregion-vm end x soon exit 0",
+            "@ioregion-vm file run.json 12",
+            "@ioregion-vm file run.json 12 0 0",
+            "@ioregion-vm data 0",
             "@ioregion-vmverdict 1 of 1",
         ] {
             assert_eq!(Report::parse(line), None, "{line}");

@@ -302,7 +302,7 @@ fn disorder(values: &[u64]) -> Option<&[u64]> {
 fn no_access_is_lost_while_regions_come_change_and_go() -> Result<()> {
     for kind in kinds() {
         println!("{kind:?}");
-        hammer(&[kind], 150)?;
+        hammer(&[kind], amount("changes", 150, 50))?;
     }
     Ok(())
 }
@@ -310,7 +310,7 @@ fn no_access_is_lost_while_regions_come_change_and_go() -> Result<()> {
 #[test]
 fn no_access_is_lost_while_regions_change_their_mechanism() -> Result<()> {
     for _ in 0..2 {
-        hammer(&KINDS, 500)?;
+        hammer(&KINDS, amount("changes", 500, 100))?;
     }
     Ok(())
 }

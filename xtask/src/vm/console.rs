@@ -2,6 +2,7 @@
 
 use ioregion_init::{Ending, Report};
 
+use super::results::Results;
 use crate::outcome::tests_in;
 
 /// What kernels write at the beginning of a message about a fault of their own, and what to call
@@ -109,6 +110,8 @@ pub struct Console {
     pub verdict: Option<(usize, usize)>,
     /// Why the first process gave up.
     pub broken: Option<String>,
+    /// Files that programs left behind.
+    pub results: Results,
     kernel_lines: usize,
     /// Whether the lines are a test program's list of failures.
     in_failures: bool,
@@ -153,6 +156,12 @@ impl Console {
                     ran.millis = *millis;
                 }
             }
+            Some(Report::File {
+                name,
+                size,
+                checksum,
+            }) => self.results.begin(name, *size, *checksum),
+            Some(Report::Data(bytes)) => self.results.data(bytes),
             Some(Report::Verdict { passed, total }) => self.verdict = Some((*passed, *total)),
             Some(Report::Broken(why)) => self.broken = Some(why.clone()),
         }
@@ -166,6 +175,12 @@ impl Console {
         if let Some(tests) = tests_in(line) {
             ran.tests += tests;
             self.in_failures = false;
+        } else if let Some((name, _)) = line
+            .strip_prefix("FAILED ")
+            .and_then(|rest| rest.split_once(" ("))
+        {
+            // The kernel's tests: "FAILED name (12 ms)".
+            ran.failed.push(name.into());
         } else if line == "failures:" {
             // Printed twice: before the failures' output, and before their names alone.
             ran.failed.clear();
@@ -205,6 +220,7 @@ impl Console {
                 None => why.push(format!("{name}: the VM ended before it did")),
             }
         }
+        why.extend(self.results.failures());
         match self.verdict {
             // A program of which nothing was said did not run.
             Some((passed, total)) if total != expected || passed != self.ran.len() => {

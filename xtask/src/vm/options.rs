@@ -1,10 +1,20 @@
 //! The command line of `cargo xtask vm`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 
 use super::accelerator::Choice;
+use super::plants::Plant;
+
+/// Test programs that take minutes and are about the guest itself, not about the kernel: only by
+/// name or with `--full`.
+const SELDOM: [&str; 1] = ["accesses"];
+
+/// Tests, by a part of their names, that spoil traces to prove the suite's checker, which is the
+/// same on every kernel.
+const OF_THE_CHECKER: [&str; 2] = ["the_checker_reports_each", "is_found_out"];
 
 /// Which kernel to boot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -43,9 +53,23 @@ pub struct VmArgs {
     /// Run no test programs: boot, report and power off
     #[arg(long, conflicts_with = "tests")]
     pub empty: bool,
-    /// Run this static program instead of the test programs (repeatable; with --test: after them)
-    #[arg(long, value_name = "FILE")]
-    pub exec: Vec<PathBuf>,
+    /// Run this static program instead of the test programs (repeatable; with --test: after
+    /// them). Words behind the file are its own arguments; those after -- go to every program
+    #[arg(long, value_name = "FILE ARGUMENTS")]
+    pub exec: Vec<String>,
+    /// Do all that the long tests do; otherwise an emulated VM does a part of it
+    #[arg(long)]
+    pub full: bool,
+    /// Instead of running programs, plant this fault and show that it is noticed (repeatable)
+    #[arg(long, value_enum, value_name = "FAULT", conflicts_with_all = ["tests", "exec", "empty"])]
+    plant: Vec<Plant>,
+    /// Plant every fault that the kernel can have, each in a VM of its own
+    #[arg(long, conflicts_with_all = ["plant", "tests", "exec", "empty"])]
+    plants: bool,
+    /// Where to put the files that programs leave in $IOREGION_RESULTS (default: the folder
+    /// results beside the logs)
+    #[arg(long, value_name = "FOLDER")]
+    pub results: Option<PathBuf>,
     /// Pack a program of this machine with its libraries, for tests that start it (repeatable)
     #[arg(long = "tool", value_name = "NAME")]
     pub tools: Vec<String>,
@@ -105,14 +129,49 @@ impl VmArgs {
         !self.empty && (self.exec.is_empty() || !self.tests.is_empty())
     }
 
+    /// Whether the kernel may have our patches, so that their own tests can run.
+    pub fn has_patches(&self) -> bool {
+        self.image.is_some() || self.kernel != KernelChoice::Stock
+    }
+
+    /// Whether a test program runs.
+    pub fn chooses(&self, test: &str) -> bool {
+        match self.tests.is_empty() {
+            true => self.full || !SELDOM.contains(&test),
+            false => self.tests.iter().any(|name| name == test),
+        }
+    }
+
+    /// The faults to plant; none in an ordinary run.
+    pub fn plants(&self) -> Vec<Plant> {
+        match self.plants {
+            true => Plant::all(self.kernel == KernelChoice::Debug && self.image.is_none()),
+            false => self.plant.clone(),
+        }
+    }
+
     /// Arguments of test programs: one test at a time unless asked otherwise.
     pub fn test_args(&self) -> Vec<String> {
         let mut args = self.args.clone();
+        if args.is_empty() && self.tests.is_empty() && !self.full {
+            let skip = OF_THE_CHECKER.iter().flat_map(|test| ["--skip", test]);
+            args.extend(skip.map(String::from));
+        }
         if !args.iter().any(|arg| arg.starts_with("--test-threads")) {
             args.push("--test-threads=1".into());
         }
         args
     }
+}
+
+/// A file and the arguments behind it. A file whose name contains spaces can have none.
+pub fn program_and_arguments(words: &str) -> Result<(PathBuf, Vec<String>)> {
+    if Path::new(words).is_file() {
+        return Ok((words.into(), Vec::new()));
+    }
+    let mut words = words.split_whitespace().map(String::from);
+    let file = words.next().context("--exec takes a file, not nothing")?;
+    Ok((file.into(), words.collect()))
 }
 
 #[cfg(test)]
@@ -126,7 +185,7 @@ mod tests {
         vm: VmArgs,
     }
 
-    fn parse(line: &str) -> Result<VmArgs, clap::Error> {
+    fn parse(line: &str) -> std::result::Result<VmArgs, clap::Error> {
         let words = std::iter::once("vm").chain(line.split_whitespace());
         Cli::try_parse_from(words).map(|cli| cli.vm)
     }
@@ -160,6 +219,51 @@ mod tests {
     fn tests_run_one_at_a_time_unless_told_otherwise() {
         let args = |line| parse(line).unwrap().test_args();
         assert_eq!(args("-- name"), ["name", "--test-threads=1"]);
+        assert_eq!(args("--full"), ["--test-threads=1"]);
+        assert_eq!(args("--test random"), ["--test-threads=1"]);
+        let all = args("").join(" ");
+        assert!(all.starts_with("--skip the_checker_reports_each --skip is_found_out"));
         assert_eq!(args("-- --test-threads=2"), ["--test-threads=2"]);
+    }
+
+    #[test]
+    fn programs_have_arguments_of_their_own() {
+        let taken = |words| {
+            let (file, args) = program_and_arguments(words).unwrap();
+            (file.to_str().unwrap().to_owned(), args.join("|"))
+        };
+        assert_eq!(taken("/x"), ("/x".into(), String::new()));
+        assert_eq!(taken("/x --a  b"), ("/x".into(), "--a|b".into()));
+        let dir = tempfile::tempdir().unwrap();
+        let spaced = dir.path().join("a b");
+        std::fs::write(&spaced, "").unwrap();
+        let spaced = spaced.to_str().unwrap();
+        assert_eq!(taken(spaced), (spaced.into(), String::new()));
+        assert!(program_and_arguments(" ").is_err());
+    }
+
+    #[test]
+    fn seldom_tests_run_only_when_asked_for() {
+        let chooses = |line, test| parse(line).unwrap().chooses(test);
+        assert!(chooses("", "order") && !chooses("", "accesses"));
+        assert!(chooses("--full", "accesses") && chooses("--test accesses", "accesses"));
+        assert!(!chooses("--test accesses", "order"));
+    }
+
+    #[test]
+    fn faults_depend_on_the_kernel() {
+        let plants = |line| parse(line).unwrap().plants();
+        assert!(plants("").is_empty());
+        assert_eq!(plants("--plants").len(), 4);
+        assert_eq!(plants("--plants --kernel debug").len(), 8);
+        assert_eq!(plants("--plant panic"), [Plant::Panic]);
+        assert!(parse("--plant panic --test order").is_err());
+    }
+
+    #[test]
+    fn stock_kernel_has_no_patches() {
+        let has = |line| parse(line).unwrap().has_patches();
+        assert!(!has("") && has("--kernel patched") && has("--kernel debug"));
+        assert!(has("--image /x"));
     }
 }

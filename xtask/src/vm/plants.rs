@@ -80,7 +80,10 @@ impl Plant {
 
     /// Whether the run was failed for this fault, not for another reason.
     pub fn is_noticed(self, run: &Run) -> bool {
-        let ended = |ending| run.console.ran.iter().any(|ran| ran.ending == Some(ending));
+        let ended = |ending| {
+            let ending = Some(ending);
+            run.console.ran.iter().any(|ran| ran.ending == ending)
+        };
         // ABRT is 6 on every Linux.
         match self {
             Self::Failure => ended(Ending::Exit(1)),
@@ -126,9 +129,18 @@ mod tests {
             (Plant::Hang, run("", "@ioregion-vm end plant 1 timeout")),
             (Plant::Panic, run("Kernel panic - not syncing: x", "")),
             (Plant::Warning, run("WARNING: CPU: 1 PID: 1 at x", "")),
-            (Plant::UseAfterFree, run("BUG: KASAN: slab-use-after-free in x", "")),
-            (Plant::AtomicSleep, run("BUG: sleeping function called from x", "")),
-            (Plant::SoftLockup, run("watchdog: BUG: soft lockup - CPU#0", "")),
+            (
+                Plant::UseAfterFree,
+                run("BUG: KASAN: slab-use-after-free in x", ""),
+            ),
+            (
+                Plant::AtomicSleep,
+                run("BUG: sleeping function called from x", ""),
+            ),
+            (
+                Plant::SoftLockup,
+                run("watchdog: BUG: soft lockup - CPU#0", ""),
+            ),
         ];
         assert_eq!(runs.len(), Plant::all(true).len());
         for (plant, _) in &runs {
@@ -137,7 +149,11 @@ mod tests {
             }
         }
         let good = run("", "@ioregion-vm end plant 1 exit 0");
-        assert!(Plant::all(true).iter().all(|plant| !plant.is_noticed(&good)));
+        assert!(
+            Plant::all(true)
+                .iter()
+                .all(|plant| !plant.is_noticed(&good))
+        );
     }
 
     #[test]

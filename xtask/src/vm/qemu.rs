@@ -150,19 +150,19 @@ impl Machine {
     }
 
     /// Runs it for `limit` at most. `show` gets each line of the programs with the report that
-    /// it is, if it is one.
+    /// it is, if it is one, and nothing where there is no line, several times a second.
     pub fn run(
         &self,
         logs: &Logs,
         limit: Duration,
-        mut show: impl FnMut(&str, Option<&Report>),
+        mut show: impl FnMut(Option<&str>, Option<&Report>),
     ) -> Result<Run> {
         for log in [&logs.kernel, &logs.programs] {
             File::create(log).with_context(|| format!("cannot make {}", log.display()))?;
         }
         let mut kernel = Tail::new(&logs.kernel)?;
         let mut programs = Tail::new(&logs.programs)?;
-        let mut qemu = Killed(self.command(logs).spawn(&logs.qemu)?);
+        let mut qemu = Killed(self.command(logs).tied_to_us().spawn(&logs.qemu)?);
         let started = Instant::now();
         let mut console = Console::default();
         let (mut stopped, mut verdict_at) = (Duration::ZERO, None);
@@ -175,8 +175,9 @@ impl Machine {
             }
             for line in programs.lines(over.is_some())? {
                 let report = console.report_line(&line);
-                show(&line, report.as_ref());
+                show(Some(&line), report.as_ref());
             }
+            show(None, None);
             let now = Instant::now();
             if is_stopped(qemu.0.id()) {
                 stopped += now - last;
@@ -210,6 +211,11 @@ impl Machine {
 }
 
 impl Run {
+    /// Whether the kernel told of a fault of this kind.
+    pub fn has_fault(&self, kind: &str) -> bool {
+        self.console.faults.iter().any(|fault| fault.kind == kind)
+    }
+
     /// Why the run failed, one reason per item; empty where it passed.
     pub fn failures(&self, expected: usize, limit: Duration) -> Vec<String> {
         let mut why = Vec::new();

@@ -46,6 +46,56 @@ pub fn init(root: &Path) -> Result<PathBuf> {
     Ok(root.join(TARGET_DIR).join(TARGET).join("release/init"))
 }
 
+/// Builds the program that plants faults.
+pub fn plant(root: &Path) -> Result<PathBuf> {
+    cargo(root, "cargo build --package ioregion-init --bin plant").run()?;
+    Ok(root.join(TARGET_DIR).join(TARGET).join("release/plant"))
+}
+
+/// The name of the kernel's own tests.
+pub const SELFTESTS: &str = "kernel-selftests";
+/// The program that their Makefile makes.
+const SELFTEST_PROGRAM: &str = "ioregion_selftest";
+
+/// Builds the kernel's own tests, in a folder of the build, not among their sources.
+pub fn selftests(root: &Path) -> Result<TestProgram> {
+    let folder = root.join(TARGET_DIR).join("selftests");
+    copy_changed(&root.join("kernel/selftests"), &folder)?;
+    Cmd::line("make --no-print-directory -C")
+        .arg(&folder)
+        .arg(SELFTEST_PROGRAM)
+        .run()?;
+    Ok(TestProgram {
+        name: SELFTESTS.into(),
+        file: folder.join(SELFTEST_PROGRAM),
+    })
+}
+
+/// Makes the files of `to` the sources in `from`; equal ones keep their time of change.
+fn copy_changed(from: &Path, to: &Path) -> Result<()> {
+    let is_source = |name: &str| name.ends_with(".c") || name.ends_with(".h") || name == "Makefile";
+    let copy = || -> std::io::Result<()> {
+        std::fs::create_dir_all(to)?;
+        for entry in std::fs::read_dir(from)? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            let (source, copy) = (from.join(&name), to.join(&name));
+            if is_source(&name)
+                && std::fs::read(&source)? != std::fs::read(&copy).unwrap_or_default()
+            {
+                std::fs::write(&copy, std::fs::read(&source)?)?;
+            }
+        }
+        for entry in std::fs::read_dir(to)? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            if is_source(&name) && !from.join(&name).exists() {
+                std::fs::remove_file(to.join(&name))?;
+            }
+        }
+        Ok(())
+    };
+    copy().with_context(|| format!("copying {} to {}", from.display(), to.display()))
+}
+
 /// Builds the test programs of `packages`.
 pub fn build(root: &Path, packages: &[&str]) -> Result<Suite> {
     let messages = cargo(
@@ -123,5 +173,39 @@ mod tests {
         let twice = message("order", "test", true, r#""/t/x""#);
         assert!(from_messages(&format!("{twice}\n{twice}")).is_err());
         assert!(from_messages("{\"reason\":").is_err());
+    }
+
+    #[test]
+    fn sources_are_copied_and_what_is_gone_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+        std::fs::create_dir_all(&from).unwrap();
+        for name in ["a.c", "a.h", "Makefile", "README.md"] {
+            std::fs::write(from.join(name), name).unwrap();
+        }
+        std::fs::create_dir_all(&to).unwrap();
+        for name in ["old.c", "a.o"] {
+            std::fs::write(to.join(name), "").unwrap();
+        }
+        copy_changed(&from, &to).unwrap();
+        let mut names: Vec<_> = std::fs::read_dir(&to)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        assert_eq!(names, ["Makefile", "a.c", "a.h", "a.o"]);
+        let time = || {
+            std::fs::metadata(to.join("a.c"))
+                .unwrap()
+                .modified()
+                .unwrap()
+        };
+        let before = time();
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        copy_changed(&from, &to).unwrap();
+        assert_eq!(time(), before);
+        std::fs::write(from.join("a.c"), "new").unwrap();
+        copy_changed(&from, &to).unwrap();
+        assert_eq!(std::fs::read_to_string(to.join("a.c")).unwrap(), "new");
     }
 }

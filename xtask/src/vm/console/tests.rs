@@ -189,3 +189,22 @@ fn vm_that_ends_in_the_middle_of_a_program_fails() {
     assert!(failures[0].contains("panic"));
     assert!(failures[1].contains("order: the VM ended before it did"));
 }
+
+#[test]
+fn failed_tests_of_the_kernel_are_named() {
+    let text = "@ioregion-vm start kernel-selftests\nok errnos (3 ms)\n\
+        FAIL many (load.c:5): x\nFAILED many (9 ms)\nVERDICT FAIL: 2 tests, 1 failed\n\
+        @ioregion-vm end kernel-selftests 12 exit 1\n\
+        @ioregion-vm verdict 0 of 1\n";
+    let console = console("", text);
+    assert_eq!(console.ran[0].tests, 2);
+    assert_eq!(console.failures(1), ["kernel-selftests: exit 1: many"]);
+}
+
+#[test]
+fn damaged_result_file_fails_a_run_whose_programs_passed() {
+    let file = "@ioregion-vm file x.json 2 0\n@ioregion-vm data 00\n";
+    let failures = console("", &format!("{file}{GOOD}")).failures(1);
+    assert_eq!(failures.len(), 1, "{failures:?}");
+    assert!(failures[0].contains("x.json"), "{failures:?}");
+}
