@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-only
+#include <net/if.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+
 #include "harness.h"
 
 const char *current_test = "setup";
 int failures;
 int nr_transports = NR_TRANSPORTS;
-const char *transport_names[] = { "stream", "seqpacket", "pipes", "fifos", "mailbox" };
+const char *transport_names[] = { "stream", "seqpacket", "pipes", "fifos", "tcp", "mailbox" };
 
 static void emit(struct code *c, const void *bytes, unsigned int len)
 {
@@ -138,6 +142,18 @@ void mmio_write_loop(struct code *c, uint32_t addr, uint32_t count)
 	emit32(c, count);
 	top = c->len;
 	emit(c, "\x89\x0d", 2);		/* mov [addr], ecx */
+	emit32(c, addr);
+	loop_end(c, top);
+}
+
+void mmio_read_loop(struct code *c, uint32_t addr, uint32_t count)
+{
+	unsigned int top;
+
+	emit8(c, 0xb9);
+	emit32(c, count);
+	top = c->len;
+	emit8(c, 0xa1);			/* mov eax, [addr] */
 	emit32(c, addr);
 	loop_end(c, top);
 }
@@ -278,6 +294,28 @@ int del_region(struct vm *vm, uint64_t addr, uint64_t size, uint32_t flags)
 	return set_region(vm, addr, size, 0, -1, -1, flags | KVM_IOREGION_DEASSIGN);
 }
 
+/* A connection over the loopback interface, with buffers that fill up */
+static void tcp_pair(int sv[2])
+{
+	struct sockaddr_in addr = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(0x7f000001) };
+	struct ifreq lo = { .ifr_name = "lo", .ifr_flags = IFF_UP | IFF_RUNNING };
+	socklen_t len = sizeof(addr);
+	int listener = socket(AF_INET, SOCK_STREAM, 0), small = 4096, on = 1;
+
+	MUST(listener >= 0 && !ioctl(listener, SIOCSIFFLAGS, &lo));
+	MUST(!setsockopt(listener, SOL_SOCKET, SO_RCVBUF, &small, sizeof(small)));
+	MUST(!bind(listener, (struct sockaddr *)&addr, sizeof(addr)) && !listen(listener, 1));
+	MUST(!getsockname(listener, (struct sockaddr *)&addr, &len));
+	sv[0] = socket(AF_INET, SOCK_STREAM, 0);
+	MUST(!setsockopt(sv[0], SOL_SOCKET, SO_SNDBUF, &small, sizeof(small)));
+	MUST(!connect(sv[0], (struct sockaddr *)&addr, sizeof(addr)));
+	sv[1] = accept(listener, NULL, NULL);
+	MUST(sv[1] >= 0);
+	/* A read behind a posted write would wait for an acknowledgement. */
+	MUST(!setsockopt(sv[0], IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on)));
+	close(listener);
+}
+
 void wire_open(struct vm *vm, struct wire *w, enum transport t)
 {
 	int sv[2], a[2], b[2];
@@ -287,6 +325,11 @@ void wire_open(struct vm *vm, struct wire *w, enum transport t)
 	case STREAM:
 	case SEQPACKET:
 		MUST(!socketpair(AF_UNIX, t == STREAM ? SOCK_STREAM : SOCK_SEQPACKET, 0, sv));
+		w->kvm_read = w->kvm_write = sv[0];
+		w->dev_read = w->dev_write = sv[1];
+		break;
+	case TCP:
+		tcp_pair(sv);
 		w->kvm_read = w->kvm_write = sv[0];
 		w->dev_read = w->dev_write = sv[1];
 		break;
@@ -458,4 +501,14 @@ void sleep_ms(unsigned int ms)
 	struct timespec t = { .tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000l };
 
 	nanosleep(&t, NULL);
+}
+
+unsigned int scaled(unsigned int n)
+{
+	const char *div = getenv("ROUNDS_DIV");
+
+	if (div && atoi(div) > 0)
+		return n / atoi(div);
+	/* The locks are being checked, and more than that. */
+	return access("/proc/lockdep", F_OK) ? n : n / 8;
 }

@@ -88,6 +88,8 @@ void pio_outs(struct code *c, uint16_t port, unsigned int size, uint32_t from, u
 void pio_ins(struct code *c, uint16_t port, unsigned int size, uint32_t to, uint32_t count);
 /* Writes count, count - 1, ... 1 */
 void mmio_write_loop(struct code *c, uint32_t addr, uint32_t count);
+/* Reads, and forgets */
+void mmio_read_loop(struct code *c, uint32_t addr, uint32_t count);
 /* Writes count ... 1, after each of which it reads another address and compares */
 void mmio_loop(struct code *c, uint32_t waddr, uint32_t raddr, uint32_t count);
 void halt(struct code *c);
@@ -106,7 +108,7 @@ int set_region(struct vm *vm, uint64_t addr, uint64_t size, uint64_t user_data, 
 int del_region(struct vm *vm, uint64_t addr, uint64_t size, uint32_t flags);
 
 /* Ways to a device */
-enum transport { STREAM, SEQPACKET, PIPES, FIFOS, MAILBOX, NR_TRANSPORTS };
+enum transport { STREAM, SEQPACKET, PIPES, FIFOS, TCP, MAILBOX, NR_TRANSPORTS };
 extern const char *transport_names[];
 extern int nr_transports;	/* without MAILBOX where the kernel lacks it */
 struct wire {
@@ -155,7 +157,9 @@ void runner_signal(struct runner *r);
 bool runner_done_within(struct runner *r, unsigned int ms);
 
 void sleep_ms(unsigned int ms);
-/* Waits for up to ten seconds */
+/* n divided by ROUNDS_DIV, which is 8 on a debug kernel if it is not set */
+unsigned int scaled(unsigned int n);
+/* Waits for up to a minute */
 #define WAIT_FOR(cond) do { \
 	int i_; \
 	for (i_ = 0; i_ < 60000 && !(cond); i_++) \

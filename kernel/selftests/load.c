@@ -3,7 +3,7 @@
 #include "tests.h"
 
 #define POSTED KVM_IOREGION_POSTED_WRITES
-#define ROUNDS 2000
+#define ROUNDS scaled(1000)
 
 static struct code code[2];
 /* By offset / 4, of all devices of a test: the last value, and how many there were */
@@ -254,7 +254,7 @@ void test_backpressure(void)
 		struct wire w;
 		struct runner r;
 		unsigned int nr = 0, interrupted = 0;
-		const unsigned int total = 20000;
+		const unsigned int total = scaled(20000) < 6000 ? 6000 : scaled(20000);
 		uint32_t due = total;
 
 		vm_open(&vm);
@@ -325,15 +325,28 @@ void test_backpressure(void)
 	}
 }
 
+/* A guest that never gets anywhere: its exits are nobody's business. */
+static void *run_until_stopped(void *arg)
+{
+	struct runner *r = arg;
+
+	while (!__atomic_load_n(&r->exit, __ATOMIC_SEQ_CST))
+		vm_run(r->vm, r->vcpu);
+	__atomic_store_n(&r->done, true, __ATOMIC_SEQ_CST);
+	return NULL;
+}
+
 /* Random structs: an errno or success, and nothing else */
 void test_fuzz(void)
 {
 	unsigned int seconds = getenv("FUZZ_SECONDS") ? atoi(getenv("FUZZ_SECONDS")) : 2;
 	time_t end = time(NULL) + seconds;
 	unsigned int seed = time(NULL), n = 0, ok = 0;
+	int event;
 	struct vm vm;
 	struct wire w[NR_TRANSPORTS];
-	int fds[2 * NR_TRANSPORTS + 6], nr_fds = 0;
+	int fds[2 * NR_TRANSPORTS + 10], nr_fds = 0, progs[6], nr_progs = 0;
+	struct runner r[2] = { };
 
 	printf("  seed %u\n", seed);
 	srand(seed);
@@ -345,24 +358,41 @@ void test_fuzz(void)
 	}
 	fds[nr_fds++] = -1;
 	fds[nr_fds++] = vm.fd;
-	fds[nr_fds++] = eventfd(0, 0);
+	fds[nr_fds++] = event = eventfd(0, 0);
 	fds[nr_fds++] = open("/dev/null", O_RDWR);
 	fds[nr_fds++] = vm.vcpu[0];
 	fds[nr_fds++] = 12345;
+	progs[nr_progs++] = fds[nr_fds++] = constant_prog(1);
+	progs[nr_progs++] = fds[nr_fds++] = constant_prog(2);
+	progs[nr_progs++] = fds[nr_fds++] = constant_prog(3);
+	progs[nr_progs++] = -1;
+	fds[nr_fds++] = register_map();
+	for (int i = 0; i < 2; i++) {
+		code_init(&code[i], i);
+		mmio_loop(&code[i], MMIO + 4 * i, MMIO + 8 + 4 * i, ~0u);
+		vm_load(&vm, &code[i]);
+		r[i].vm = &vm;
+		r[i].vcpu = i;
+		MUST(!pthread_create(&r[i].thread, NULL, run_until_stopped, &r[i]));
+	}
 	while (time(NULL) < end) {
 		struct kvm_ioregion r = { };
 		struct kvm_ioregion_prog p = { };
 		int eventfds[4] = { fds[rand() % nr_fds], fds[rand() % nr_fds], -1, 0 };
 
-		r.guest_paddr = rand() % 8 ? MMIO + rand() % 64 : (uint64_t)rand() * rand() * 4;
-		r.memory_size = rand() % 8 ? (uint64_t)rand() % 16 : (uint64_t)rand() * rand() * 4;
+		/* Half of it is not random enough to be refused at once. */
+		bool likely = rand() % 2;
+
+		r.guest_paddr = likely ? MMIO + rand() % 4 * 16 : rand() % 8 ? MMIO + rand() % 64 : (uint64_t)rand() * rand() * 4;
+		r.memory_size = likely ? 16 : rand() % 8 ? (uint64_t)rand() % 16 : (uint64_t)rand() * rand() * 4;
 		r.user_data = rand();
-		r.read_fd = fds[rand() % nr_fds];
-		r.write_fd = rand() % 2 ? r.read_fd : fds[rand() % nr_fds];
-		r.flags = rand() % 16 ? rand() % 8 : rand();
-		if (rand() % 32 == 0)
+		r.read_fd = likely ? w[rand() % nr_transports].kvm_read : fds[rand() % nr_fds];
+		r.write_fd = rand() % 2 || likely ? r.read_fd : fds[rand() % nr_fds];
+		r.flags = likely ? rand() % 2 * 2 | (rand() % 4 ? 0 : 4) :
+			  rand() % 16 ? rand() % 8 : rand();
+		if (rand() % 32 == 0 && !likely)
 			r.pad[rand() % 28] = rand();
-		if (rand() % 16 == 0)
+		if (rand() % 16 == 0 && !likely)
 			for (unsigned int i = 0; i < sizeof(r); i++)
 				((char *)&r)[i] = rand();
 		ok += !ioctl(vm.fd, KVM_SET_IOREGION, &r);
@@ -370,10 +400,14 @@ void test_fuzz(void)
 		p.guest_paddr = r.guest_paddr;
 		p.memory_size = r.memory_size;
 		p.flags = r.flags & 1;
-		p.prog_fd = fds[rand() % nr_fds];
-		p.regs_fd = fds[rand() % nr_fds];
+		p.prog_fd = rand() % 4 ? progs[rand() % nr_progs] : fds[rand() % nr_fds];
+		p.regs_fd = rand() % 2 ? fds[rand() % nr_fds] : rand() % 2 ? -1 : fds[nr_fds - 1];
 		p.nr_eventfds = rand() % 8 ? rand() % 4 : rand();
-		p.eventfds = rand() % 4 ? (uintptr_t)eventfds : (uint64_t)rand() * rand();
+		if (rand() % 4) {
+			for (int i = 0; i < 4; i++)
+				eventfds[i] = event;
+		}
+		p.eventfds = rand() % 16 ? (uintptr_t)eventfds : (uint64_t)rand() * rand();
 		if (rand() % 16 == 0)
 			for (unsigned int i = 0; i < sizeof(p); i++)
 				((char *)&p)[i] = rand();
@@ -382,6 +416,15 @@ void test_fuzz(void)
 	}
 	printf("  %u rounds, %u accepted\n", n, ok);
 	CHECK(ok > 0 && ok < 2 * n);
+	for (int i = 0; i < 2; i++) {
+		__atomic_store_n(&r[i].exit, 1, __ATOMIC_SEQ_CST);
+		runner_signal(&r[i]);
+		MUST(!pthread_join(r[i].thread, NULL));
+	}
+	for (int i = 0; i < nr_progs; i++)
+		close(progs[i]);
+	close(fds[nr_fds - 1]);
+	close(event);
 	vm_close(&vm);
 	for (int t = 0; t < nr_transports; t++) {
 		wire_close_kvm(&w[t]);

@@ -6,7 +6,10 @@ static const struct { const char *name; void (*run)(void); } tests[] = {
 #define T(name) { #name, test_ ## name }
 	T(errnos), T(many), T(sizes), T(string), T(unclaimed), T(half), T(ioeventfd), T(signal),
 	T(sigmask), T(remove_pending), T(remove_lets_go), T(modify_pending), T(death), T(sigpipe),
-	T(hostile), T(two_vcpus), T(abandoned_vm), T(load), T(storm), T(backpressure), T(fuzz),
+	T(hostile), T(two_vcpus), T(abandoned_vm), T(load), T(storm), T(backpressure),
+	T(mailbox_file), T(mailbox_polled), T(mailbox_hostile), T(mailbox_uring), T(fast),
+	T(prog_errnos), T(prog_verdicts), T(prog_args), T(prog_slow), T(prog_load), T(post_write),
+	T(fuzz), T(perf),
 };
 
 static void noop(int signal)
@@ -34,7 +37,8 @@ int main(int argc, char **argv)
 	}
 	vm_close(&vm);
 	for (unsigned int i = 0; i < sizeof(tests) / sizeof(tests[0]); i++) {
-		bool wanted = argc < 2;
+		/* The last one is no test. */
+		bool wanted = argc < 2 && tests[i].run != test_perf;
 		struct timespec a, b;
 
 		for (int j = 1; j < argc; j++)
@@ -44,7 +48,7 @@ int main(int argc, char **argv)
 		current_test = tests[i].name;
 		failures = 0;
 		/* A test that hangs is a test that fails. */
-		alarm(getenv("FUZZ_SECONDS") ? 3600 : 300);
+		alarm(getenv("FUZZ_SECONDS") ? 3600 : 600);
 		clock_gettime(CLOCK_MONOTONIC, &a);
 		tests[i].run();
 		clock_gettime(CLOCK_MONOTONIC, &b);

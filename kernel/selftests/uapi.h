@@ -28,6 +28,19 @@ struct kvm_ioregion_prog {
 	__u8 pad[24];
 };
 
+/* What KVM_IOEVENTFD takes with the last patch */
+struct kvm_ioeventfd_post {
+	__u64 datamatch, addr;
+	__u32 len;
+	__s32 fd;
+	__u32 flags, pad0;
+	__u64 post_addr;
+	__u8 pad[24];
+};
+
+#define KVM_CAP_IOEVENTFD_POST_WRITE 0xf0f1
+#define KVM_IOEVENTFD_FLAG_POST_WRITE (1u << 5)
+
 #define KVM_SET_IOREGION 0x4040aef0ul
 #define KVM_SET_IOREGION_PROG 0x4040aef1ul
 #define KVM_CREATE_IOREGIONFD 0x8008aef2ul
@@ -55,6 +68,7 @@ struct ioregionfd_mailbox {
 
 _Static_assert(sizeof(struct kvm_ioregion) == 64, "size");
 _Static_assert(sizeof(struct kvm_ioregion_prog) == 64, "size");
+_Static_assert(sizeof(struct kvm_ioeventfd_post) == sizeof(struct kvm_ioeventfd), "size");
 _Static_assert(sizeof(struct ioregionfd_cmd) == 32, "size");
 _Static_assert(sizeof(struct ioregionfd_resp) == 32, "size");
 _Static_assert(sizeof(struct ioregionfd_mailbox) == 2176, "size");
