@@ -4,17 +4,16 @@
 //! the wire; it finishes requests for the others, also for a vCPU that has gone back to its
 //! caller in the middle of an access. Nobody holds a lock while the device thinks.
 
+mod kernel;
 pub mod state;
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ioregion_abi::wire::{Layout, Response};
-use kvm_ioctls::VmFd;
 use nix::poll::PollFlags;
 
 use self::state::{New, Outcome, Queue, Ticket};
@@ -96,18 +95,6 @@ impl Channel {
         ))
     }
 
-    /// Makes a channel of the purpose-made kind, for the mechanism
-    /// [`Ioregionfd`](crate::mechanism::Ioregionfd) only, and the device's end of its wire.
-    ///
-    /// # Errors
-    ///
-    /// KVM's: `ENOTTY` where the kernel has no ioregionfd.
-    pub fn purpose_made(vm: &VmFd) -> io::Result<(Arc<Self>, Box<dyn Wire>)> {
-        let (kernel, device) = wire::ioregionfd::pair(vm)?;
-        let channel = Self::new(Box::new(kernel), Layout::default(), Patience::default());
-        Ok((Arc::new(channel), Box::new(device)))
-    }
-
     /// A channel over an existing wire.
     #[must_use]
     pub fn new(wire: Box<dyn Wire>, layout: Layout, patience: Patience) -> Self {
@@ -176,43 +163,6 @@ impl Channel {
         self.check_open()
     }
 
-    /// Gives the VMM's end to KVM: the files to read responses from and to write commands to. From
-    /// now on no region but KVM's can be assigned to the channel.
-    ///
-    /// # Errors
-    ///
-    /// Why the channel is broken, that KVM cannot use its transport or layout, or that other
-    /// regions use it.
-    pub(crate) fn give_to_kernel(&self) -> io::Result<[OwnedFd; 2]> {
-        self.check_open()?;
-        if let Some(what) = self.unfit_for_kernel() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
-        }
-        let mut inner = self.lock();
-        let files = inner
-            .wire
-            .kernel_files()
-            .ok_or(io::ErrorKind::InvalidInput)?;
-        let [read, write] = files.map(|fd| fd.try_clone_to_owned());
-        let files = [read?, write?];
-        inner.kernel = true;
-        Ok(files)
-    }
-
-    /// Why KVM cannot use the VMM's end; `None` if it can.
-    pub(crate) fn unfit_for_kernel(&self) -> Option<&'static str> {
-        let inner = self.lock();
-        if self.layout != Layout::default() {
-            Some("KVM speaks the layout `info` only")
-        } else if inner.wire.kernel_files().is_none() {
-            Some("KVM cannot use the channel's transport")
-        } else if !inner.kernel && (!inner.on_break.is_empty() || inner.queue.backlog() > 0) {
-            Some("regions outside of KVM use the channel")
-        } else {
-            None
-        }
-    }
-
     fn check_open(&self) -> io::Result<()> {
         if let Some(cause) = self.cause() {
             return Err(io::Error::other(cause));
@@ -265,6 +215,10 @@ impl Channel {
     /// rings the helper when it leaves.
     pub(crate) fn advance(&self) -> (usize, &[(RawFd, PollFlags)]) {
         let mut inner = self.lock();
+        if inner.kernel {
+            // What arrives is KVM's.
+            return (0, &[]);
+        }
         loop {
             // Where no vCPU drives the wire, a response that nobody fetches holds up the rest.
             let alone = inner.driver.is_none();

@@ -166,6 +166,11 @@ impl Queue {
         self.waiting.len()
     }
 
+    /// Whether nothing is on its way, in either direction: not even a response that nobody wants.
+    pub fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.in_flight.is_none() && self.owed == 0
+    }
+
     /// Writes that were accepted but never reached the device.
     pub fn undelivered(&self) -> u64 {
         self.undelivered

@@ -2,12 +2,12 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use ioregion_abi::bpf::MAX_DOORBELLS;
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::sys::socket::{MsgFlags, getsockopt, sockopt::PeerCredentials};
 
 use super::control::{Control, PortFds};
 use super::local::Local;
@@ -42,6 +42,8 @@ pub fn serve_vmm(socket: &UnixStream, object: &[u8]) -> Result<(), LoadError> {
         // The client may be gone already.
         let _ = frame::send(socket, &Reply::Failed(errno), &[], MAX_FRAME);
     })?;
+    // Before the client, so that it comes after the program's end.
+    let _farewell = Farewell(socket);
     let mut client = Client {
         program,
         pid: peer.pid(),
@@ -67,6 +69,16 @@ pub fn serve_vmm(socket: &UnixStream, object: &[u8]) -> Result<(), LoadError> {
         };
         frame::send(socket, &reply, &fds, MAX_FRAME)
             .map_err(|error| LoadError::Io(error.into()))?;
+    }
+}
+
+/// Tells a VMM that looks for it that the program is detached, though this process lives on.
+struct Farewell<'a>(&'a UnixStream);
+
+impl Drop for Farewell<'_> {
+    fn drop(&mut self) {
+        // A VMM that is gone needs no farewell.
+        let _ = nix::sys::socket::send(self.0.as_raw_fd(), &[0], MsgFlags::MSG_NOSIGNAL);
     }
 }
 

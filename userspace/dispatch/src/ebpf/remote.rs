@@ -1,14 +1,14 @@
 //! The program held by a privileged loader: the client's side.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use ioregion_abi::bpf::{MatchEntry, MatchKey, ZoneKey};
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::sys::socket::{MsgFlags, getsockopt, recv, sockopt::PeerCredentials};
 use nix::unistd::getpid;
 
 use super::control::{Control, PortFds};
@@ -165,7 +165,11 @@ impl Control for Remote {
     }
 
     fn await_end(&self) {
-        // A loader that lives on has detached the program before it hung up.
+        let peek = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        if matches!(recv(self.watched.as_raw_fd(), &mut [0], peek), Ok(1)) {
+            // A farewell: the loader lives on, and has detached the program before it hung up.
+            return;
+        }
         if let Some(loader) = &self.loader
             && let Err(error) = pidfd::await_end(loader, DEATH)
         {

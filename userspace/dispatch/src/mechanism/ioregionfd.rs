@@ -80,15 +80,21 @@ impl Mechanism for Ioregionfd {
             }));
         }
         let files = self.channel.give_to_kernel();
-        let files = files.map_err(|error| region.error(RegionErrorKind::BadDescriptor(error)))?;
-        let [read, write] = files;
+        let (files, first) =
+            files.map_err(|error| region.error(RegionErrorKind::BadDescriptor(error)))?;
+        let [read, write] = &files;
         let mut request = request(region);
         request.read_fd = read.as_raw_fd();
         request.write_fd = write.as_raw_fd();
         if region.posted_writes {
             request.flags |= KVM_IOREGION_POSTED_WRITES;
         }
-        kvm::set_ioregion(vm.vm(), &request).map_err(|error| region.error(refusal(error)))?;
+        if let Err(error) = kvm::set_ioregion(vm.vm(), &request) {
+            if first {
+                self.channel.take_back();
+            }
+            return Err(region.error(refusal(error)));
+        }
         // Before anything else can fail: KVM has the region from here on.
         let mut carrier = InKernel {
             vm: Arc::clone(vm.vm()),
@@ -96,7 +102,7 @@ impl Mechanism for Ioregionfd {
             placed: Arc::clone(placed),
             watched: None,
         };
-        match vm.native().watch(read, placed.id, vm.events()) {
+        match vm.native().watch(files, placed.id, vm.events()) {
             Ok(watched) => carrier.watched = Some(watched),
             Err(error) => {
                 carrier.remove();
@@ -219,10 +225,10 @@ impl Native {
         Arc::clone(&self.owners)
     }
 
-    /// Tells `events` when the other end of a region's file is closed.
+    /// Tells `events` when the other end of one of a region's files is closed.
     fn watch(
         &self,
-        file: OwnedFd,
+        files: [OwnedFd; 2],
         region: RegionId,
         events: EventSender,
     ) -> io::Result<Arc<Watched>> {
@@ -231,7 +237,7 @@ impl Native {
             Some(watcher) => watcher,
             none => none.insert(Watcher::start(events)?),
         };
-        watcher.watched.add(file, region)?;
+        watcher.watched.add(files, region)?;
         Ok(Arc::clone(&watcher.watched))
     }
 }
@@ -248,7 +254,7 @@ struct Watched {
     epoll: Epoll,
     stop: EventFd,
     stopped: AtomicBool,
-    files: Mutex<HashMap<u64, OwnedFd>>,
+    files: Mutex<HashMap<u64, [OwnedFd; 2]>>,
 }
 
 /// The token of the stop switch; regions are numbered from 1.
@@ -290,26 +296,35 @@ impl Drop for Watcher {
 }
 
 impl Watched {
-    fn files(&self) -> MutexGuard<'_, HashMap<u64, OwnedFd>> {
+    fn files(&self) -> MutexGuard<'_, HashMap<u64, [OwnedFd; 2]>> {
         self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn add(&self, file: OwnedFd, region: RegionId) -> io::Result<()> {
-        // Errors and hang-ups are reported in any case.
-        let event = EpollEvent::new(EpollFlags::EPOLLRDHUP, region.0);
+    fn add(&self, both: [OwnedFd; 2], region: RegionId) -> io::Result<()> {
         let mut files = self.files();
-        self.epoll.add(&file, event)?;
-        files.insert(region.0, file);
+        for (i, file) in both.iter().enumerate() {
+            // Errors and hang-ups are reported in any case.
+            let event = EpollEvent::new(EpollFlags::EPOLLRDHUP, region.0);
+            if let Err(error) = self.epoll.add(file, event) {
+                for added in &both[..i] {
+                    let _ = self.epoll.delete(added);
+                }
+                return Err(error.into());
+            }
+        }
+        files.insert(region.0, both);
         Ok(())
     }
 
     /// Returns whether it was still there.
     fn remove(&self, region: RegionId) -> bool {
-        let Some(file) = self.files().remove(&region.0) else {
+        let Some(both) = self.files().remove(&region.0) else {
             return false;
         };
-        // It was added.
-        let _ = self.epoll.delete(&file);
+        for file in &both {
+            // It was added.
+            let _ = self.epoll.delete(file);
+        }
         true
     }
 
