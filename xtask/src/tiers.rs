@@ -155,6 +155,7 @@ const TIERS: &[Tier] = &[
     Tier {
         name: "vm-stock",
         what: "the conformance suite in a VM, on Debian's packaged kernel; what fails is noticed",
+        full: true,
         counts: true,
         ebpf: true,
         needs: |host| vm_with(host, KernelChoice::Stock),
@@ -167,6 +168,7 @@ const TIERS: &[Tier] = &[
     Tier {
         name: "vm-patched",
         what: "the conformance suite and the kernel's own tests in a VM, on the patched kernel",
+        full: true,
         counts: true,
         ebpf: true,
         needs: |host| vm_with(host, KernelChoice::Patched),
