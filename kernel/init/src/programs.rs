@@ -1,6 +1,7 @@
 //! Running programs one after the other, as the process that inherits every orphan.
 
-use std::fs::File;
+use std::fs::{self, File};
+use std::io::Write as _;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -54,7 +55,11 @@ impl<'a> Children<'a> {
         let ending = match self.start(job) {
             Ok(child) => {
                 let end = started + Duration::from_secs(job.limit_s.into());
-                self.wait(child, end).unwrap_or(Ending::Timeout)
+                self.wait(child, end).unwrap_or_else(|| {
+                    // Best effort: the verdict does not depend on it.
+                    let _ = write!(&mut &*self.output, "{}", threads_of(child));
+                    Ending::Timeout
+                })
             }
             Err(error) => Ending::NotStarted(format!("{error:#}")),
         };
@@ -117,5 +122,59 @@ impl<'a> Children<'a> {
                 Err(_) => return,
             }
         }
+    }
+}
+
+/// Where each thread of a program that does not end is: its state, the CPU time that it has used
+/// (in ticks), and what it waits for, a line each.
+fn threads_of(program: Pid) -> String {
+    let mut lines = format!("\nnot done in time; threads of {program}:\n");
+    let tasks = fs::read_dir(format!("/proc/{program}/task"));
+    for task in tasks.into_iter().flatten().flatten() {
+        let read = |name| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        let stat = read("stat");
+        // Behind the name, which may hold anything: state, then from the 12th field on the times.
+        let fields: Vec<_> = stat
+            .rsplit(')')
+            .next()
+            .unwrap_or("")
+            .split_whitespace()
+            .collect();
+        let field = |at: usize| fields.get(at).copied().unwrap_or("?");
+        let kernel: Vec<_> = read("stack")
+            .lines()
+            .map(str::trim)
+            .map(str::to_owned)
+            .collect();
+        lines += &format!(
+            "  {} {} {}: user {}, system {}, call {}; {}\n",
+            task.file_name().display(),
+            read("comm").trim(),
+            field(0),
+            field(11),
+            field(12),
+            read("syscall").trim(),
+            kernel.join(" < "),
+        );
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_of_a_program_are_listed_with_their_state() {
+        let lines = threads_of(Pid::this());
+        let own = nix::unistd::gettid();
+        let line = lines
+            .lines()
+            .find(|line| line.contains(&format!("  {own} ")));
+        let line = line.unwrap_or_else(|| panic!("{lines}"));
+        assert!(
+            line.contains(" R: user ") && line.contains("call "),
+            "{line}"
+        );
     }
 }
