@@ -624,6 +624,25 @@ void test_remove_pending(void)
 	}
 }
 
+/* A read that the device has got, behind its gate, and that the vCPU has left with EINTR */
+static void interrupted_read(struct vm *vm, struct wire *w, struct device *d, int transport)
+{
+	struct runner r;
+
+	vm_open(vm);
+	wire_open(vm, w, transport);
+	device_start(d, w, 16);
+	CHECK_EQ(set_region(vm, MMIO, 16, 1, w->kvm_read, w->kvm_write, 0), 0);
+	code_init(&code[0], 0);
+	mmio_read(&code[0], MMIO + 4, 4);
+	halt(&code[0]);
+	vm_load(vm, &code[0]);
+	runner_start(&r, vm, 0);
+	WAIT_FOR(d->nr == 1);
+	runner_signal(&r);
+	CHECK_EQ(runner_join(&r), -EINTR);
+}
+
 /* A removed region keeps no file open: the device sees the end of its file. */
 void test_remove_lets_go(void)
 {
@@ -632,20 +651,8 @@ void test_remove_lets_go(void)
 		struct wire w;
 		volatile int gate = 0;
 		struct device d = { .gate = &gate };
-		struct runner r;
 
-		vm_open(&vm);
-		wire_open(&vm, &w, t);
-		device_start(&d, &w, 16);
-		CHECK_EQ(set_region(&vm, MMIO, 16, 1, w.kvm_read, w.kvm_write, 0), 0);
-		code_init(&code[0], 0);
-		mmio_read(&code[0], MMIO + 4, 4);
-		halt(&code[0]);
-		vm_load(&vm, &code[0]);
-		runner_start(&r, &vm, 0);
-		WAIT_FOR(d.nr == 1);
-		runner_signal(&r);
-		CHECK_EQ(runner_join(&r), -EINTR);
+		interrupted_read(&vm, &w, &d, t);
 		CHECK_EQ(del_region(&vm, MMIO, 16, 0), 0);
 		wire_close_kvm(&w);
 		gate = 1;
@@ -924,20 +931,8 @@ void test_abandoned_vm(void)
 		struct wire w;
 		volatile int gate = 0;
 		struct device d = { .gate = &gate };
-		struct runner r;
 
-		vm_open(&vm);
-		wire_open(&vm, &w, t);
-		device_start(&d, &w, 16);
-		CHECK_EQ(set_region(&vm, MMIO, 16, 1, w.kvm_read, w.kvm_write, 0), 0);
-		code_init(&code[0], 0);
-		mmio_read(&code[0], MMIO + 4, 4);
-		halt(&code[0]);
-		vm_load(&vm, &code[0]);
-		runner_start(&r, &vm, 0);
-		WAIT_FOR(d.nr == 1);
-		runner_signal(&r);
-		CHECK_EQ(runner_join(&r), -EINTR);
+		interrupted_read(&vm, &w, &d, t);
 		vm_close(&vm);
 		wire_close_kvm(&w);
 		gate = 1;
