@@ -166,6 +166,20 @@ fn write_sources(list: &Path, suite: &str) -> Result<()> {
     write().with_context(|| format!("writing {}", list.display()))
 }
 
+/// Whether packages can be fetched and unpacked here; `what` says of which that is asked, `enable`
+/// what helps where they cannot.
+pub fn can_fetch(what: &str, enable: &str) -> Result<(), Missing> {
+    for program in ["apt-get", "dpkg-deb"] {
+        if which(program).is_none() {
+            return Err(Missing::new(
+                format!("{what} cannot be fetched: no {program}"),
+                enable,
+            ));
+        }
+    }
+    Ok(())
+}
+
 /// Fetches a package file into `dir`; renews old package lists once. The user's own cache, so
 /// root is not needed where the lists are there.
 pub fn download(package: &str, dir: &Path) -> Result<PathBuf> {

@@ -8,7 +8,7 @@ use std::path::{Component, Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use crate::apt;
-use crate::sh::{Cmd, which};
+use crate::sh::Cmd;
 use crate::toolchain::{Missing, cache_dir};
 
 /// The package that holds the source.
@@ -86,15 +86,10 @@ pub fn check() -> Result<(), Missing> {
     if newest(&packages_folder()).is_some() {
         return Ok(());
     }
-    for program in ["apt-get", "dpkg-deb"] {
-        if which(program).is_none() {
-            return Err(Missing::new(
-                format!("package {PACKAGE} cannot be fetched: no {program}"),
-                "a Debian system; or `git am kernel/patches/6.12/*.patch` in a tree of your own",
-            ));
-        }
-    }
-    Ok(())
+    apt::can_fetch(
+        &format!("package {PACKAGE}"),
+        "a Debian system; or `git am kernel/patches/6.12/*.patch` in a tree of your own",
+    )
 }
 
 fn packages_folder() -> PathBuf {

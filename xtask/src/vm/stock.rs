@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 
 use super::Kernel;
 use crate::apt;
-use crate::sh::{Cmd, which};
+use crate::sh::Cmd;
 use crate::toolchain::{Missing, cache_dir};
 
 /// What the package names begin and end with; between them stands the kernel's release.
@@ -18,15 +18,10 @@ pub fn check() -> Result<(), Missing> {
     if cached(&folder()).is_some() {
         return Ok(());
     }
-    for program in ["apt-get", "dpkg-deb"] {
-        if which(program).is_none() {
-            return Err(Missing::new(
-                format!("Debian's kernel package cannot be fetched: no {program}"),
-                "a Debian system; or `cargo xtask vm --image FILE` with a kernel of your own",
-            ));
-        }
-    }
-    Ok(())
+    apt::can_fetch(
+        "Debian's kernel package",
+        "a Debian system; or `cargo xtask vm --image FILE` with a kernel of your own",
+    )
 }
 
 /// The kernel in the cache, else the newest that apt knows.
