@@ -53,7 +53,6 @@ pub fn mechanisms() -> Vec<Mechanism> {
             kvm.clone().and_then(|()| ioeventfd().map(drop)),
         ),
         ("ebpf", kvm.and_then(|()| program().map(drop))),
-        // Probed, but not carried: the library has no such mechanism.
         ("ioregionfd", ioregionfd().map(drop)),
     ];
     rows.into_iter()

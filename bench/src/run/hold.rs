@@ -43,20 +43,21 @@ pub fn hold(thread: Pid) -> Result<Held> {
         bail!("two threads are to be held at once");
     }
     let held = Held(());
-    // SAFETY: It takes no pointers.
-    let sent = unsafe {
-        libc::syscall(
-            libc::SYS_tgkill,
-            getpid().as_raw(),
-            thread.as_raw(),
-            SIGNAL as i32,
-        )
-    };
-    Errno::result(sent)?;
+    send(thread, SIGNAL as i32)?;
     while STATE.load(Ordering::SeqCst) != HELD {
+        // A thread that has ended meanwhile never stands still.
+        send(thread, 0)?;
         std::thread::yield_now();
     }
     Ok(held)
+}
+
+/// Sends a signal to a thread of this process; 0 only asks whether there is such a thread.
+fn send(thread: Pid, signal: libc::c_int) -> nix::Result<()> {
+    let (process, thread) = (getpid().as_raw(), thread.as_raw());
+    // SAFETY: It takes no pointers.
+    let sent = unsafe { libc::syscall(libc::SYS_tgkill, process, thread, signal) };
+    Errno::result(sent).map(drop)
 }
 
 impl Drop for Held {
