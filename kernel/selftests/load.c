@@ -325,6 +325,109 @@ void test_backpressure(void)
 	}
 }
 
+/* Reads the commands that have arrived; returns how many, and how many bytes are left over. */
+static unsigned int count_down(struct wire *w, uint32_t *due, unsigned int *partial)
+{
+	struct pollfd p = { .fd = w->dev_read, .events = POLLIN };
+	struct ioregionfd_cmd cmd;
+	unsigned int nr = 0, have = 0;
+
+	while (poll(&p, 1, 200) > 0 && p.revents & POLLIN) {
+		ssize_t n = read(w->dev_read, (char *)&cmd + have, sizeof(cmd) - have);
+
+		if (n <= 0)
+			break;
+		have += n;
+		if (have < sizeof(cmd))
+			continue;
+		have = 0;
+		CHECK_EQ(cmd.data, *due);
+		--*due;
+		nr++;
+	}
+	*partial = have;
+	return nr;
+}
+
+/* Whether the vCPU's thread sleeps each time that it is looked at */
+static bool is_asleep(const struct runner *r)
+{
+	char name[64], line[256];
+	int looks = 20;
+
+	snprintf(name, sizeof(name), "/proc/self/task/%d/stat", r->tid);
+	while (looks--) {
+		FILE *stat = fopen(name, "r");
+		const char *state = stat && fgets(line, sizeof(line), stat) ? strrchr(line, ')') : NULL;
+		bool asleep = state && state[1] && state[2] == 'S';
+
+		if (stat)
+			fclose(stat);
+		if (!asleep)
+			return false;
+		sleep_ms(20);
+	}
+	return true;
+}
+
+/*
+ * A write that a full file has taken nothing of is not lost: without its region
+ * it makes an exit, and with other files it takes those.
+ */
+void test_full_file(void)
+{
+	for (int i = 0; i < 2 * nr_transports; i++) {
+		const uint32_t total = 8000;
+		uint32_t due = total;
+		unsigned int partial;
+		bool modify = i & 1;
+		int t = i / 2;
+		struct wire w, other;
+		struct runner r;
+		struct vm vm;
+
+		vm_open(&vm);
+		wire_open(&vm, &w, t);
+		wire_open(&vm, &other, t);
+		CHECK_EQ(set_region(&vm, MMIO, 32, 0, w.kvm_read, w.kvm_write, POSTED), 0);
+		code_init(&code[0], 0);
+		mmio_write_loop(&code[0], MMIO + 4, total);
+		halt(&code[0]);
+		vm_load(&vm, &code[0]);
+		runner_start(&r, &vm, 0);
+		while (!r.done && !is_asleep(&r))
+			sleep_ms(1);
+		CHECK(!r.done);
+		if (modify)
+			CHECK_EQ(set_region(&vm, MMIO, 32, 0, other.kvm_read, other.kvm_write,
+					    POSTED), 0);
+		else
+			CHECK_EQ(del_region(&vm, MMIO, 32, 0), 0);
+		if (modify) {
+			/* What has left in part goes on where it began. */
+			CHECK(count_down(&w, &due, &partial) > 1);
+			CHECK_EQ(partial, 0);
+			CHECK(count_down(&other, &due, &partial) > 1);
+			CHECK_EQ(due, 0);
+			CHECK_EQ(runner_join(&r), KVM_EXIT_HLT);
+		} else {
+			CHECK_EQ(runner_join(&r), KVM_EXIT_MMIO);
+			CHECK(count_down(&w, &due, &partial) > 1);
+			/* The rest of a command is lost with its region, and counted. */
+			CHECK_EQ(vm_stat(&vm, 0, "ioregion_lost"), !!partial);
+			due -= !!partial;
+			CHECK_EQ(*(uint32_t *)vm.run[0]->mmio.data, due);
+		}
+		vm_close(&vm);
+		wire_close_kvm(&w);
+		wire_close_kvm(&other);
+		wire_close_dev(&w);
+		wire_close_dev(&other);
+		if (failures)
+			printf("  with %s, %s\n", transport_names[t], modify ? "modified" : "removed");
+	}
+}
+
 /* A guest that never gets anywhere: its exits are nobody's business. */
 static void *run_until_stopped(void *arg)
 {

@@ -7,7 +7,7 @@ static const struct { const char *name; void (*run)(void); } tests[] = {
 	T(errnos), T(many), T(sizes), T(string), T(unclaimed), T(half), T(ioeventfd), T(signal),
 	T(sigmask), T(remove_pending), T(remove_lets_go), T(modify_pending), T(death), T(sigpipe),
 	T(hostile), T(two_vcpus), T(abandoned_vm), T(load), T(storm), T(backpressure),
-	T(mailbox_file), T(mailbox_polled), T(mailbox_hostile), T(mailbox_uring), T(fast),
+	T(full_file), T(mailbox_file), T(mailbox_polled), T(mailbox_hostile), T(mailbox_uring), T(fast),
 	T(prog_errnos), T(prog_verdicts), T(prog_args), T(prog_slow), T(prog_load), T(post_write),
 	T(fuzz), T(perf),
 };

@@ -391,13 +391,14 @@ void test_prog_args(void)
 	CHECK_EQ(vm_run(&vm, 1), KVM_EXIT_HLT); \
 	code_init(&code[1], 1); \
 } while (0)
-#define EXPECT(user, off, info, data, runs) do { \
+#define EXPECT(user, off, info, data, addr, runs) do { \
 	CHECK_EQ(a[0], 1); \
 	CHECK_EQ(a[1], user); \
 	CHECK_EQ(a[2], off); \
 	CHECK_EQ(a[3], info); \
 	CHECK_EQ(a[4], data); \
-	for (int i_ = 5; i_ < 12; i_++) \
+	CHECK_EQ(a[5], addr); \
+	for (int i_ = 6; i_ < 12; i_++) \
 		CHECK_EQ(a[i_], 0); \
 	CHECK_EQ(a[12], runs); \
 	CHECK_EQ(a[13], 0); \
@@ -406,31 +407,31 @@ void test_prog_args(void)
 	code_init(&code[1], 1);
 	mmio_write(&code[1], MMIO + 0x18, 8, 0x8899aabbccddeeff);
 	RUN();
-	EXPECT(0x1122334455667788, 0x18, 8 | 1 << 8, 0x8899aabbccddeeff, 1);
+	EXPECT(0x1122334455667788, 0x18, 8 | 1 << 8, 0x8899aabbccddeeff, MMIO + 0x18, 1);
 	mmio_read(&code[1], MMIO + 0x1c, 2);
 	RUN();
-	EXPECT(0x1122334455667788, 0x1c, 2, 0, 1);
+	EXPECT(0x1122334455667788, 0x1c, 2, 0, MMIO + 0x1c, 1);
 	pio_write(&code[1], 0x304, 1, 0xee);
 	RUN();
-	EXPECT(5, 4, 1 | 1 << 8 | 1 << 9, 0xee, 1);
+	EXPECT(5, 4, 1 | 1 << 8 | 1 << 9, 0xee, 0x304, 1);
 	pio_read(&code[1], 0x308, 4);
 	RUN();
-	EXPECT(5, 8, 4 | 1 << 9, 0, 1);
+	EXPECT(5, 8, 4 | 1 << 9, 0, 0x308, 1);
 	/* Over the page: 2 + 2, and 2 + 1 + 1 */
 	mmio_write(&code[1], MMIO + 0xffe, 4, 0x44332211);
 	RUN();
-	EXPECT(0x1122334455667788, 0x1000, 2 | 1 << 8, 0x4433, 2);
+	EXPECT(0x1122334455667788, 0x1000, 2 | 1 << 8, 0x4433, MMIO + 0x1000, 2);
 	mmio_read(&code[1], MMIO + 0xffd, 4);
 	RUN();
-	EXPECT(0x1122334455667788, 0x1000, 1, 0, 3);
+	EXPECT(0x1122334455667788, 0x1000, 1, 0, MMIO + 0x1000, 3);
 	/* Strings: each element */
 	pio_ins(&code[1], 0x300, 2, 0x310000, 5);
 	RUN();
-	EXPECT(5, 0, 2 | 1 << 9, 0, 5);
+	EXPECT(5, 0, 2 | 1 << 9, 0, 0x300, 5);
 	memset(vm.ram + 0x300000, 0x77, 16);
 	pio_outs(&code[1], 0x302, 1, 0x300000, 6);
 	RUN();
-	EXPECT(5, 2, 1 | 1 << 8 | 1 << 9, 0x77, 6);
+	EXPECT(5, 2, 1 | 1 << 8 | 1 << 9, 0x77, 0x302, 6);
 	CHECK_EQ(d.nr, 4 + 2 + 3 + 5 + 6);
 	vm_close(&vm);
 	wire_close_kvm(&w);

@@ -44,6 +44,7 @@ void test_perf(void);
 void test_load(void);
 void test_storm(void);
 void test_backpressure(void);
+void test_full_file(void);
 void test_fuzz(void);
 
 #endif
