@@ -12,12 +12,11 @@ use crate::toolchain::{
     find_toolchain,
 };
 
-/// What every build needs.
-const PACKAGES: [Package; 1] = [Package::new(
-    "cc",
-    "build-essential",
-    "linking host programs",
-)];
+/// What every build and test needs.
+const PACKAGES: [Package; 2] = [
+    Package::new("cc", "build-essential", "linking host programs"),
+    Package::new("ip", "iproute2", "tests in network namespaces"),
+];
 
 /// What builds the eBPF program.
 #[derive(Debug)]

@@ -44,7 +44,7 @@ pub const GUEST_PACKAGES: [&str; 3] = [
 const MODULES: [&str; 4] = ["kvm_amd", "kvm_intel", "veth", "tun"];
 
 /// Programs of this machine that tests start.
-const HOST_PROGRAMS: [&str; 1] = ["unshare"];
+const HOST_PROGRAMS: [&str; 2] = ["ip", "unshare"];
 
 /// Where the eBPF program lies in the VM; the object that logs lies beside it, as here.
 const OBJECT: &str = "/ioregion/ioregion.bpf.o";
