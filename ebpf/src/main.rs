@@ -5,17 +5,25 @@
 //! finds the doorbell, stores the value in its slot and wakes the device task where that task
 //! asks for it. It cannot keep an access from exiting: an in-kernel consumer (ioeventfd or
 //! coalesced zone) that the loader has put at the same address does that.
+//!
+//! Where KVM has `KVM_SET_IOREGION_PROG`, `kvm_ioregion` is attached to single regions instead: it
+//! matches and captures in the same way, and its verdict ends the access.
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]
 
 mod deliver;
+mod hook;
 mod maps;
 mod trace;
+mod vcpu;
+
+use core::ffi::c_void;
 
 use aya_ebpf::{
     helpers::bpf_get_current_pid_tgid, macros::raw_tracepoint, programs::RawTracePointContext,
 };
+use ioregion_abi::kvm::verdict;
 
 /// `KVM_TRACE_MMIO_WRITE` of `include/trace/events/kvm.h`.
 const MMIO_WRITE: u32 = 2;
@@ -48,8 +56,22 @@ pub fn kvm_pio(ctx: RawTracePointContext) -> i32 {
 /// Written without aya's macro, which drops the return value.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "raw_tracepoint/sys_enter")]
-pub extern "C" fn whoami(_ctx: *mut core::ffi::c_void) -> u32 {
+pub extern "C" fn whoami(_ctx: *mut c_void) -> u32 {
     bpf_get_current_pid_tgid() as u32
+}
+
+/// Called by KVM for each access to a region that it is attached to; returns the verdict.
+///
+/// Never attached to a tracepoint. Written without aya's macro, for the same reason.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "raw_tracepoint/kvm_ioregion")]
+pub extern "C" fn kvm_ioregion(ctx: *mut c_void) -> u32 {
+    let ctx = RawTracePointContext::new(ctx);
+    if hook::is_shown_by_kvm(&ctx) {
+        hook::access(&ctx)
+    } else {
+        verdict::PASS
+    }
 }
 
 #[panic_handler]

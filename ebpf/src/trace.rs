@@ -2,18 +2,18 @@
 
 use core::ffi::{c_long, c_void};
 
-use aya_ebpf::helpers::{bpf_get_current_pid_tgid, bpf_probe_read_kernel, generated::bpf_loop};
+use aya_ebpf::helpers::{bpf_probe_read_kernel, generated::bpf_loop};
 use ioregion_abi::{
     Bus,
     access::CHUNK,
     bpf::{Fate, MAX_STRING, Trace, VcpuRecord, ZONE_GRANULE_SHIFT, ZoneKey},
-    bucket::{Look, ThreadBucket},
     matching,
 };
 
 use crate::{
     deliver,
-    maps::{Doorbells, RECORDS, THREADS, VCPUS, ZONES, process},
+    maps::{Doorbells, ZONES},
+    vcpu,
 };
 
 /// A traced write, as KVM will cut it up.
@@ -60,8 +60,10 @@ pub fn pio_out(port: u32, size: u32, count: u32, data: u64) {
 
 #[inline(always)]
 fn traced(bus: Bus, pieces: u32, step: u32, stride: u32, len: u32, addr: u64, data: u64) {
-    let Some(index) = vcpu() else { return };
-    let Some(record) = record(index) else { return };
+    let Some(index) = vcpu::current() else { return };
+    let Some(record) = vcpu::record(index) else {
+        return;
+    };
     let mut write = Write {
         bus,
         step,
@@ -96,37 +98,10 @@ fn traced(bus: Bus, pieces: u32, step: u32, stride: u32, len: u32, addr: u64, da
 extern "C" fn nth_piece(index: u32, write: *mut c_void) -> c_long {
     // SAFETY: `traced` passes its own `Write`, which nobody else borrows meanwhile.
     let write = unsafe { &mut *write.cast::<Write>() };
-    if let Some(record) = record(write.record) {
+    if let Some(record) = vcpu::record(write.record) {
         piece(index, write, record);
     }
     0
-}
-
-/// Index of the record of the vCPU that the calling thread runs, if the loader registered it.
-///
-/// Most threads of a host run no vCPU of ours: one look tells.
-#[inline(always)]
-fn vcpu() -> Option<u32> {
-    let ids = bpf_get_current_pid_tgid();
-    let thread = ids as u32;
-    let record = match THREADS.get(ThreadBucket::of(thread))?.look(thread) {
-        Look::Here(record) => record,
-        Look::Absent => return None,
-        // SAFETY: Copied out at once; only the thread itself changes its entry.
-        Look::Crowded => unsafe { VCPUS.get(thread) }.copied()?,
-    };
-    if process() != 0 && process() != (ids >> 32) as u32 {
-        return None;
-    }
-    Some(record)
-}
-
-#[inline(always)]
-fn record<'a>(index: u32) -> Option<&'a mut VcpuRecord> {
-    let record = RECORDS.get_ptr_mut(index)?;
-    // SAFETY: Elements of an array map live as long as the map. Only the vCPU's thread runs
-    // this code for this record, and it cannot be in the program twice.
-    Some(unsafe { &mut *record })
 }
 
 #[inline(always)]

@@ -14,6 +14,8 @@ pub const MAX_VCPUS: u32 = 1024;
 pub const MAX_PORTS: u32 = 4096;
 /// Most granules of eight bytes that hold a part of a coalesced zone.
 pub const MAX_ZONE_GRANULES: u32 = 1 << 16;
+/// Most registers of one register file.
+pub const MAX_REGISTERS: u32 = 1 << 16;
 /// Most elements of one string output that the program looks at; more are counted as
 /// [`VcpuRecord::truncated`].
 pub const MAX_STRING: u32 = 64;
@@ -32,13 +34,19 @@ pub struct MatchKey {
     pub value: u64,
     /// The virtual machine.
     pub vm: u32,
-    /// [`Bus`] in bits 7..0, size in bytes in bits 15..8, [`MatchKey::MASKED`].
+    /// [`Bus`] in bits 7..0, size in bytes in bits 15..8, [`MatchKey::MASKED`],
+    /// [`MatchKey::READ`], [`MatchKey::HOOKED`].
     pub what: u32,
 }
 
 impl MatchKey {
     /// Bit of `what`: the key of a doorbell behind a mask.
     pub const MASKED: u32 = 1 << 16;
+    /// Bit of `what`: the key of a register that is read, not of a doorbell.
+    pub const READ: u32 = 1 << 17;
+    /// Bit of `what`: KVM itself shows the access to the program, which the tracepoints must
+    /// ignore.
+    pub const HOOKED: u32 = 1 << 18;
 
     /// The first key to look up for an access.
     #[must_use]
@@ -49,6 +57,17 @@ impl MatchKey {
             value: 0,
             vm,
             what: bus as u32 | (bytes as u32) << 8,
+        }
+    }
+
+    /// The key of an access that KVM itself shows to the program, for one of the tracepoints.
+    #[must_use]
+    #[inline(always)]
+    pub const fn hooked(self, write: bool) -> Self {
+        let read = if write { 0 } else { Self::READ };
+        Self {
+            what: self.what | Self::HOOKED | read,
+            ..self
         }
     }
 
@@ -74,7 +93,7 @@ pub struct MatchEntry {
     pub port: u32,
     /// The block of the doorbell's slot in its port ([`SlotBlock::place`]).
     pub block: u32,
-    /// The slot's place in that block.
+    /// The slot's place in that block; for [`MatchEntry::ANSWER`], the index of the register.
     pub slot: u32,
     /// Bits below.
     pub flags: u32,
@@ -89,6 +108,10 @@ impl MatchEntry {
     pub const WAKE_ARMED: u32 = 1 << 2;
     /// Wake the port's task on each doorbell.
     pub const WAKE_ALWAYS: u32 = 1 << 3;
+    /// [`HOOKED`](MatchKey::HOOKED) keys: KVM signals the region's eventfd for each doorbell.
+    pub const SIGNAL: u32 = 1 << 4;
+    /// [`HOOKED`](MatchKey::HOOKED) keys: KVM answers the read from the register file.
+    pub const ANSWER: u32 = 1 << 5;
 }
 
 /// Key of the zone table: a granule that holds (part of) a coalesced zone.

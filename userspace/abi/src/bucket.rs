@@ -92,7 +92,10 @@ impl DoorbellBucket {
     #[inline(always)]
     pub const fn of(key: &MatchKey) -> u32 {
         // 2^64 divided by the golden ratio spreads the neighbours that doorbells are.
-        let mixed = (key.addr ^ (key.vm as u64) << 40).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        // A register that is read and a doorbell at its address differ in bit 62.
+        let read = (key.what & MatchKey::READ != 0) as u64;
+        let place = key.addr ^ (key.vm as u64) << 40 ^ read << 62;
+        let mixed = place.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         (mixed >> (u64::BITS - DOORBELL_BUCKETS_SHIFT)) as u32
     }
 
@@ -177,12 +180,24 @@ mod tests {
             MatchKey::first(3, Bus::Pio, 0x1000, 4),
             MatchKey::first(3, Bus::Mmio, 0x1004, 4),
             MatchKey::first(3, Bus::Mmio, 0x1000, 2),
+            key.hooked(true),
+            key.hooked(false),
         ] {
             assert_eq!(look(&bucket, &other), Look::Absent);
         }
         let marked = |key| DoorbellBucket { key, ..bucket };
         assert_eq!(look(&marked(DoorbellBucket::CROWDED), &key), Look::Crowded);
         assert_eq!(look(&marked(DoorbellBucket::EMPTY), &key), Look::Absent);
+    }
+
+    #[test]
+    fn a_register_never_shares_the_bucket_of_the_doorbell_at_its_address() {
+        for n in 0..1000 {
+            let key = MatchKey::first(1, Bus::Mmio, 0xd000_0000 + n * 4, 4);
+            let (doorbell, register) = (key.hooked(true), key.hooked(false));
+            assert_ne!(DoorbellBucket::of(&doorbell), DoorbellBucket::of(&register));
+            assert_eq!(DoorbellBucket::of(&doorbell), DoorbellBucket::of(&key));
+        }
     }
 
     #[test]

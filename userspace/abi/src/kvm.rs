@@ -116,6 +116,56 @@ pub struct KvmIoregionProg {
     pub pad: [u8; 24],
 }
 
+/// What a region's program is called with: twelve `u64` arguments, of which these are used.
+pub mod prog_arg {
+    /// The vCPU's id.
+    pub const VCPU: usize = 0;
+    /// The region's `user_data`.
+    pub const USER_DATA: usize = 1;
+    /// Offset of the access in the region.
+    pub const OFFSET: usize = 2;
+    /// Length in bytes (1, 2, 4 or 8) in bits 7..0, and the two bits below.
+    pub const WHAT: usize = 3;
+    /// The value written, 0 for a read.
+    pub const DATA: usize = 4;
+    /// Guest physical address, or port.
+    pub const ADDR: usize = 5;
+    /// The last one. No tracepoint has so many, so a program that reads it can be attached to none.
+    pub const LAST: usize = 11;
+
+    /// Bit of [`WHAT`]: the access is a write.
+    pub const WRITE: u64 = 1 << 8;
+    /// Bit of [`WHAT`]: the access is on the port I/O bus.
+    pub const PIO: u64 = 1 << 9;
+}
+
+/// What a region's program returns: an action in bits 7..0, its argument in bits 31..8. A verdict
+/// that makes no sense is taken for [`PASS`](verdict::PASS), and counted.
+pub mod verdict {
+    /// Ask the device.
+    pub const PASS: u32 = 0;
+    /// The write is done.
+    pub const CONSUME: u32 = 1;
+    /// The write is done; the eventfd with this index is signalled.
+    pub const SIGNAL: u32 = 2;
+    /// The read is done; its value is the register with this index.
+    pub const ANSWER: u32 = 3;
+
+    /// Bits of the action.
+    pub const ACTION_MASK: u32 = 0xff;
+    /// Where the argument begins.
+    pub const ARG_SHIFT: u32 = 8;
+    /// Arguments are smaller than this.
+    pub const ARGS: u32 = 1 << (u32::BITS - ARG_SHIFT);
+
+    /// The verdict of an action with an argument below [`ARGS`].
+    #[must_use]
+    #[inline(always)]
+    pub const fn with(action: u32, arg: u32) -> u32 {
+        action | arg << ARG_SHIFT
+    }
+}
+
 /// Number of an ioctl, as `include/uapi/asm-generic/ioctl.h` makes it.
 const fn ioctl(direction: u64, nr: u64, size: usize) -> u64 {
     direction << 30 | (size as u64) << 16 | (KVMIO as u64) << 8 | nr
@@ -131,6 +181,7 @@ const _: () = {
     assert!(core::mem::offset_of!(KvmIoregionProg, flags) == 24);
     assert!(core::mem::offset_of!(KvmIoregionProg, pad) == 40);
     assert!(KVM_SET_IOREGION == 0x4040_aef0);
+    assert!(KVM_SET_IOREGION_PROG == 0x4040_aef1);
     assert!(KVM_CREATE_IOREGIONFD == 0x8008_aef2);
     assert!(KVM_IOEVENTFD == 0x4040_ae79);
     assert!(KVM_CHECK_EXTENSION == 0xae03);
@@ -141,3 +192,29 @@ const _: () = {
     assert!(core::mem::offset_of!(Mailbox, cmds) == 128);
     assert!(size_of::<Mailbox>() == 2176);
 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The numbers of `include/uapi/linux/ioregion.h`, which the kernel and programs agree on.
+    #[test]
+    fn verdicts_and_arguments_have_the_values_of_the_header() {
+        let actions = [
+            verdict::PASS,
+            verdict::CONSUME,
+            verdict::SIGNAL,
+            verdict::ANSWER,
+        ];
+        assert_eq!(actions, [0, 1, 2, 3]);
+        assert_eq!((verdict::ACTION_MASK, verdict::ARG_SHIFT), (0xff, 8));
+        assert_eq!((prog_arg::WRITE, prog_arg::PIO), (0x100, 0x200));
+        assert_eq!(verdict::with(verdict::ANSWER, 0x00ab_cdef), 0xabcd_ef03);
+        let largest = verdict::with(verdict::SIGNAL, verdict::ARGS - 1);
+        assert_eq!(largest >> verdict::ARG_SHIFT, verdict::ARGS - 1);
+        assert_eq!(largest & verdict::ACTION_MASK, verdict::SIGNAL);
+        use prog_arg::{ADDR, DATA, LAST, OFFSET, USER_DATA, VCPU, WHAT};
+        let places = [VCPU, USER_DATA, OFFSET, WHAT, DATA, ADDR, LAST];
+        assert_eq!(places, [0, 1, 2, 3, 4, 5, 11]);
+    }
+}

@@ -25,8 +25,13 @@ pub fn find(
     bytes: u8,
     data: u64,
 ) -> Option<MatchEntry> {
-    let key = MatchKey::first(vm, bus, addr, bytes);
-    let entry = table.get(&key)?;
+    find_from(table, &MatchKey::first(vm, bus, addr, bytes), data)
+}
+
+/// The same for an access whose first key is known.
+#[inline(always)]
+pub fn find_from(table: &impl Table, key: &MatchKey, data: u64) -> Option<MatchEntry> {
+    let entry = table.get(key)?;
     if entry.flags & MatchEntry::SELECT == 0 {
         return Some(entry);
     }

@@ -18,7 +18,7 @@ use ioregion_dispatch::server::{DeviceEnd, Stats, Stop, WaitPolicy, serve};
 use ioregion_dispatch::wire::Wire;
 use ioregion_dispatch::{
     Access, Assigned, Channel, Device, Exit, Mechanism, Program as Bpf, Region, Ring, Transport,
-    Vcpu, Vm, probe,
+    Vcpu, Via, Vm, probe,
 };
 use ioregion_microguest::{DEFAULT_RAM, MicroVm, Program};
 
@@ -137,8 +137,11 @@ pub struct Kind {
     pub transport: Transport,
 }
 
+/// Name of the mechanism `ebpf` that uses tracepoints whatever the kernel has.
+pub const TRACEPOINTS: &str = "ebpf-tracepoints";
+
 /// Every mechanism that needs nothing of the kernel but what released ones have, `forward` on each
-/// of its transports.
+/// of its transports. The last is `ebpf` on a channel that KVM cannot use.
 pub const KINDS: [Kind; 8] = [
     Kind {
         name: KvmRun::NAME,
@@ -165,7 +168,7 @@ pub const KINDS: [Kind; 8] = [
         transport: Transport::Stream,
     },
     Kind {
-        name: Ebpf::NAME,
+        name: TRACEPOINTS,
         transport: Transport::Stream,
     },
     Kind {
@@ -182,23 +185,60 @@ const NATIVE: [Transport; 4] = [
     Transport::Ioregionfd,
 ];
 
-/// Every mechanism that this host offers: [`KINDS`], and `ioregionfd` where KVM has it.
+/// `ebpf` where KVM itself shows the accesses to the program.
+const HOOKED: [Kind; 2] = [
+    Kind::EBPF,
+    Kind {
+        transport: Transport::Ioregionfd,
+        ..Kind::EBPF
+    },
+];
+
+/// What this host's KVM has: ioregionfd, and that with programs.
+fn offers() -> (bool, bool) {
+    static OFFERS: OnceLock<(bool, bool)> = OnceLock::new();
+    *OFFERS.get_or_init(|| {
+        let guest = MicroVm::new(DEFAULT_RAM).expect("a virtual machine");
+        let answers = [probe::ioregionfd, probe::ebpf_hook].map(|probe| probe(guest.vm()));
+        let [native, hook] = answers.map(|answer| answer.expect("an answer from KVM"));
+        (native, hook)
+    })
+}
+
+/// Whether KVM itself can show accesses to a program.
+///
+/// # Panics
+///
+/// If KVM cannot be asked: no test could run.
+#[must_use]
+pub fn has_hook() -> bool {
+    offers().1
+}
+
+/// Every mechanism that this host offers: [`KINDS`], `ioregionfd` where KVM has it, and `ebpf`
+/// over what KVM can use where it shows accesses to a program.
 ///
 /// # Panics
 ///
 /// If KVM cannot be asked: no test could run.
 pub fn kinds() -> impl Iterator<Item = Kind> {
-    static HAS_IOREGIONFD: OnceLock<bool> = OnceLock::new();
-    let native = *HAS_IOREGIONFD.get_or_init(|| {
-        let guest = MicroVm::new(DEFAULT_RAM).expect("a virtual machine");
-        probe::ioregionfd(guest.vm()).expect("an answer from KVM")
-    });
+    let (native, hook) = offers();
     let native = NATIVE.into_iter().filter(move |_| native);
     let native = native.map(|transport| Kind {
         name: Ioregionfd::NAME,
         transport,
     });
-    KINDS.into_iter().chain(native)
+    let hooked = HOOKED.into_iter().filter(move |_| hook);
+    KINDS.into_iter().chain(native).chain(hooked)
+}
+
+/// The ways in which this host offers `ebpf`, one transport each.
+///
+/// # Panics
+///
+/// If KVM cannot be asked: no test could run.
+pub fn ebpf_kinds() -> impl Iterator<Item = Kind> {
+    kinds().filter(|kind| kind.is_ebpf() && kind.transport != Transport::Mailbox)
 }
 
 /// A channel of a kind's transport, and the device's end of its wire.
@@ -372,22 +412,40 @@ impl Rig {
 }
 
 impl Kind {
-    /// The mechanism `ebpf` over a stream.
+    /// The mechanism `ebpf` over a stream, in the best form that this host offers.
     pub const EBPF: Self = Self {
         name: Ebpf::NAME,
         transport: Transport::Stream,
     };
 
+    /// The mechanism `ebpf` over a stream, with tracepoints and sinks.
+    pub const TRACEPOINTS: Self = Self {
+        name: TRACEPOINTS,
+        transport: Transport::Stream,
+    };
+
+    /// Whether it is `ebpf` in one of its forms.
+    #[must_use]
+    pub fn is_ebpf(self) -> bool {
+        self.name == Ebpf::NAME || self.name == TRACEPOINTS
+    }
+
     /// Whether its doorbells need not exit to user space.
     #[must_use]
     pub fn has_sinks(self) -> bool {
-        self.name == Ioeventfd::NAME || self.name == Ebpf::NAME
+        self.name == Ioeventfd::NAME || self.is_ebpf()
+    }
+
+    /// Whether KVM itself shows its accesses to the eBPF program.
+    #[must_use]
+    pub fn is_hooked(self) -> bool {
+        self.name == Ebpf::NAME && self.transport != Transport::Mailbox && has_hook()
     }
 
     /// Whether KVM carries its accesses, so that none exits.
     #[must_use]
     pub fn is_native(self) -> bool {
-        self.name == Ioregionfd::NAME
+        self.name == Ioregionfd::NAME || self.is_hooked()
     }
 
     /// Whether its doorbells arrive with their values.
@@ -407,6 +465,7 @@ pub fn mechanism(kind: Kind, channel: &Arc<Channel>) -> Result<Box<dyn Mechanism
         Forward::NAME => Box::new(Forward::new(channel)),
         Ioeventfd::NAME => Box::new(Ioeventfd::new(channel)),
         Ebpf::NAME => Box::new(Ebpf::new(channel)),
+        TRACEPOINTS => Box::new(Ebpf::new(channel).via(Via::Tracepoints)),
         Ioregionfd::NAME => Box::new(Ioregionfd::new(channel)),
         Auto::NAME => Box::new(Auto::new(channel)),
         other => bail!("no mechanism {other} over a channel"),

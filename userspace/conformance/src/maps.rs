@@ -124,10 +124,24 @@ impl Map {
     ///
     /// If key or value do not have the map's size.
     pub fn update(&self, key: u32, value: &[u8]) -> io::Result<()> {
-        assert_eq!((self.key_size, self.value_size), (4, value.len() as u32));
+        self.update_at(&key.to_ne_bytes(), value)
+    }
+
+    /// The same for keys of any size.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    ///
+    /// # Panics
+    ///
+    /// If key or value do not have the map's size.
+    pub fn update_at(&self, key: &[u8], value: &[u8]) -> io::Result<()> {
+        let sizes = (key.len() as u32, value.len() as u32);
+        assert_eq!((self.key_size, self.value_size), sizes);
         self.element(
             BPF_MAP_UPDATE_ELEM,
-            &raw const key as u64,
+            key.as_ptr() as u64,
             value.as_ptr() as u64,
         )
     }

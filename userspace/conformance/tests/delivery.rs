@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use ioregion_abi::wire::Layout;
 use ioregion_conformance::pace::amount;
-use ioregion_conformance::{Kind, Recorder, Rig, Task, Told, mechanism, run_to_halt};
+use ioregion_conformance::{Kind, Recorder, Rig, Task, Told, ebpf_kinds, mechanism, run_to_halt};
 use ioregion_dispatch::mechanism::Ebpf;
 use ioregion_dispatch::server::{DeviceEnd, WaitPolicy};
 use ioregion_dispatch::{
@@ -220,15 +220,19 @@ fn a_burst_wakes_an_armed_task_less_often_than_it_writes() -> Result<()> {
 
 #[test]
 fn a_polling_task_is_never_woken() -> Result<()> {
-    for delivery in [Delivery::Latest, Delivery::Fifo] {
+    let deliveries = [Delivery::Latest, Delivery::Fifo];
+    for (kind, delivery) in ebpf_kinds().flat_map(|kind| deliveries.map(|d| (kind, d))) {
+        println!("{kind:?} {delivery:?}");
         let rig = Rig::new()?;
         let device = Recorder::default();
         let polled = region(at_0x10().sink(Sink::Coalesced).delivery(delivery));
-        let task = rig.serve_waiting(Kind::EBPF, &polled, device.clone(), WaitPolicy::Poll)?;
+        let task = rig.serve_waiting(kind, &polled, device.clone(), WaitPolicy::Poll)?;
         let (_, vcpu) = rig.run(&writes(2000))?;
         device.wait(|told| rung(told) == 2000)?;
         let counters = rig.vm.program_counters().unwrap_or_default();
-        assert_eq!(counters.matched, 2000);
+        // Where KVM has the region the wire is the queue, of which the program knows nothing.
+        let is_queued_by_kvm = kind.is_hooked() && delivery == Delivery::Fifo;
+        assert_eq!(counters.matched, if is_queued_by_kvm { 0 } else { 2000 });
         if delivery == Delivery::Latest {
             assert_eq!((counters.wakeups, counters.wakeups_refused), (0, 0));
         }
@@ -319,12 +323,12 @@ fn each_of_thousands_of_ioeventfd_doorbells_arrives_at_its_own_index() -> Result
 }
 
 /// Assigns what does not fit, then what does.
-fn a_full_table_refuses(rig: &Rig, too_many: &Region, fits: &Region) -> Result<()> {
+fn a_full_table_refuses(rig: &Rig, kind: Kind, too_many: &Region, fits: &Region) -> Result<()> {
     let (channel, _wire) = Channel::pair(Transport::Stream)?;
     for _ in 0..3 {
         let error = rig
             .vm
-            .assign(too_many, &*mechanism(Kind::EBPF, &channel)?)
+            .assign(too_many, &*mechanism(kind, &channel)?)
             .expect_err("a full table");
         println!("{error}");
         assert!(
@@ -334,7 +338,7 @@ fn a_full_table_refuses(rig: &Rig, too_many: &Region, fits: &Region) -> Result<(
         assert_eq!(error.errno(), nix::errno::Errno::ENOSPC);
     }
     let device = Recorder::default();
-    let _task = rig.serve(Kind::EBPF, fits, device.clone())?;
+    let _task = rig.serve(kind, fits, device.clone())?;
     let mut program = Program::new();
     for (doorbell, n) in fits.doorbells.iter().zip(1..) {
         program.write(Bus::Mmio, fits.base + doorbell.offset, 4, n);
@@ -357,7 +361,7 @@ fn a_full_match_table_refuses_and_keeps_nothing() -> Result<()> {
                 .fold(Region::mmio(MMIO_BASE, 0x1000), Region::doorbell)
         };
         if sink == Sink::Ioeventfd {
-            a_full_table_refuses(&rig, &with(17), &with(16))?;
+            a_full_table_refuses(&rig, Kind::EBPF, &with(17), &with(16))?;
             rig.vm.remove(&with(16))?;
         } else {
             let (channel, _wire) = Channel::pair(Transport::Stream)?;
@@ -384,7 +388,8 @@ fn a_full_bus_refuses_and_keeps_nothing() -> Result<()> {
             .map(doorbell)
             .fold(Region::mmio(MMIO_BASE, 0x4000), Region::doorbell)
     };
-    a_full_table_refuses(&rig, &with(1100, 8), &with(1100, 4))?;
+    let (too_many, fits) = (with(1100, 8), with(1100, 4));
+    a_full_table_refuses(&rig, Kind::TRACEPOINTS, &too_many, &fits)?;
     rig.vm.remove(&with(1100, 4))?;
     Ok(())
 }
@@ -401,7 +406,7 @@ fn more_zones_than_the_program_can_watch_are_refused_and_keep_nothing() -> Resul
     let (channel, _wire) = Channel::pair(Transport::Stream)?;
     let error = rig
         .vm
-        .assign(&with(65_537), &*mechanism(Kind::EBPF, &channel)?)
+        .assign(&with(65_537), &*mechanism(Kind::TRACEPOINTS, &channel)?)
         .expect_err("a full table");
     assert!(
         matches!(error.kind, RegionErrorKind::TableFull(_)),
@@ -410,7 +415,7 @@ fn more_zones_than_the_program_can_watch_are_refused_and_keep_nothing() -> Resul
     // All of it is free again.
     let assigned = rig
         .vm
-        .assign(&with(65_536), &*mechanism(Kind::EBPF, &channel)?)?;
+        .assign(&with(65_536), &*mechanism(Kind::TRACEPOINTS, &channel)?)?;
     rig.vm.remove(&with(65_536))?;
     drop(assigned);
     Ok(())

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use anyhow::Result;
 use ioregion_abi::wire::Layout;
 use ioregion_conformance::{KINDS, Kind, Recorder, Rig, channel, kinds, mechanism};
-use ioregion_dispatch::mechanism::{Auto, Ebpf, Forward, Ioeventfd, KvmRun};
+use ioregion_dispatch::mechanism::{Auto, Ebpf, Forward, Ioeventfd, Ioregionfd, KvmRun};
 use ioregion_dispatch::{
     Bus, Channel, Delivery, Doorbell, LoadError, Mechanism, Patience, Program as Bpf, Region,
     RegionError, RegionErrorKind, Sink, Size, Transport,
@@ -381,13 +381,17 @@ fn ebpf_without_a_program_is_refused_and_auto_does_without() -> Result<()> {
     );
     assert!(error.to_string().contains("Vm::with_program"), "{error}");
     let assigned = rig.vm.assign(&region, &Auto::new(&channel))?;
-    assert_eq!(assigned.mechanism, Forward::NAME);
-    assert!(
-        assigned.reason.contains("no eBPF program"),
-        "{}",
-        assigned.reason
-    );
+    let native = kinds().any(|kind| kind.name == Ioregionfd::NAME);
+    let (name, reason) = if native {
+        (Ioregionfd::NAME, "KVM speaks to the device task itself")
+    } else {
+        (Forward::NAME, "no eBPF program")
+    };
+    assert_eq!(assigned.mechanism, name);
+    assert!(assigned.reason.contains(reason), "{}", assigned.reason);
     rig.vm.remove(&region)?;
+    // KVM keeps the other one.
+    let (channel, _wire) = Channel::pair(Transport::Stream)?;
     let matching =
         Region::mmio(MMIO_BASE, 0x1000).doorbell(Doorbell::new(0x10, Size::B4).matching(1));
     assert_eq!(

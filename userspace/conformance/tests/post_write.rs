@@ -1,13 +1,15 @@
-//! What the kernel's selftest for posted writes checks, for `ebpf` with both of its sinks.
+//! What the kernel's selftest for posted writes checks, for `ebpf` in each of its forms.
 
 use std::time::Duration;
 
 use anyhow::Result;
 use ioregion_abi::wire::Layout;
-use ioregion_conformance::{Kind, Recorder, Rig, Task, Told, mechanism, run_to_halt};
+use ioregion_conformance::{
+    Kind, Recorder, Rig, Task, Told, channel, ebpf_kinds, mechanism, run_to_halt,
+};
 use ioregion_dispatch::server::{DeviceEnd, WaitPolicy};
 use ioregion_dispatch::{
-    Access, Bus, BusAccess, Channel, Delivery, Doorbell, Exit, Region, Ring, Sink, Size, Transport,
+    Access, Bus, BusAccess, Delivery, Doorbell, Exit, Region, Ring, Sink, Size,
 };
 use ioregion_microguest::{MMIO_BASE, Program};
 
@@ -32,15 +34,21 @@ fn ring(index: u32, offset: u64, size: Size, value: u64, writes: u64) -> Told {
     })
 }
 
-fn each_bus_and_sink() -> impl Iterator<Item = (Bus, Sink)> {
-    [Bus::Mmio, Bus::Pio]
-        .into_iter()
-        .flat_map(|bus| SINKS.map(|sink| (bus, sink)))
+/// Each form of `ebpf` that this host offers, on each bus.
+fn each_bus() -> impl Iterator<Item = (Kind, Bus)> {
+    let each = ebpf_kinds().flat_map(|kind| [Bus::Mmio, Bus::Pio].map(|bus| (kind, bus)));
+    each.inspect(|(kind, bus)| println!("{kind:?} {bus:?}"))
+}
+
+fn each_bus_and_sink() -> impl Iterator<Item = (Kind, Bus, Sink)> {
+    each_bus()
+        .flat_map(|(kind, bus)| SINKS.map(|sink| (kind, bus, sink)))
+        .inspect(|(_, _, sink)| println!("{sink:?}"))
 }
 
 #[test]
 fn every_width_delivers_its_value_without_an_exit() -> Result<()> {
-    for (bus, sink) in each_bus_and_sink() {
+    for (kind, bus, sink) in each_bus_and_sink() {
         let sizes = if bus == Bus::Mmio {
             &Size::ALL[..]
         } else {
@@ -48,7 +56,7 @@ fn every_width_delivers_its_value_without_an_exit() -> Result<()> {
         };
         // Apart, and all at one address.
         for stride in [0x10, 0] {
-            println!("{bus:?} {sink:?} {stride:#x}");
+            println!("{stride:#x}");
             let rig = Rig::new()?;
             let offsets = (0..).map(|n| 0x20 + n * stride);
             let region = sizes
@@ -58,7 +66,7 @@ fn every_width_delivers_its_value_without_an_exit() -> Result<()> {
                     region.doorbell(Doorbell::new(offset, size).sink(sink))
                 });
             let device = Recorder::default();
-            let task = rig.serve(Kind::EBPF, &region, device.clone())?;
+            let task = rig.serve(kind, &region, device.clone())?;
             let mut program = Program::new();
             let value = 0xf1e2_d3c4_b5a6_9788_u64;
             let mut expected = Vec::new();
@@ -75,10 +83,9 @@ fn every_width_delivers_its_value_without_an_exit() -> Result<()> {
             assert_eq!(told, expected);
             assert_eq!(vcpu.stats().exits, 0);
             let counters = rig.vm.program_counters().unwrap_or_default();
-            assert_eq!(
-                (counters.matched, counters.unmatched, counters.lost),
-                (sizes.len() as u64, 0, 0)
-            );
+            assert_eq!((counters.matched, counters.lost), (sizes.len() as u64, 0));
+            // Both count it where the tracepoints see what KVM shows the program anyway.
+            assert!(counters.unmatched == 0 || kind.is_hooked(), "{counters:?}");
             if let Some(task) = task {
                 assert_eq!(task.finish()?.lost, 0);
             }
@@ -89,15 +96,14 @@ fn every_width_delivers_its_value_without_an_exit() -> Result<()> {
 
 #[test]
 fn a_datamatch_hit_stays_in_the_kernel_and_a_miss_reaches_the_device_once() -> Result<()> {
-    for (bus, sink) in each_bus_and_sink() {
-        println!("{bus:?} {sink:?}");
+    for (kind, bus, sink) in each_bus_and_sink() {
         let rig = Rig::new()?;
         let doorbell = |value| Doorbell::new(0x10, Size::B4).matching(value).sink(sink);
         let region = region(bus)
             .doorbell(doorbell(0xaaaa))
             .doorbell(doorbell(0xbbbb_0000));
         let device = Recorder::default();
-        let _task = rig.serve(Kind::EBPF, &region, device.clone())?;
+        let _task = rig.serve(kind, &region, device.clone())?;
         let at = region.base + 0x10;
         let mut program = Program::new();
         // A coalesced zone takes misses too, and hands them on in their order; one that is
@@ -125,27 +131,29 @@ fn a_datamatch_hit_stays_in_the_kernel_and_a_miss_reaches_the_device_once() -> R
                 Told::Read(access, 7),
             ]
         );
-        let misses_exit = sink == Sink::Ioeventfd;
-        assert_eq!(vcpu.stats().exits, if misses_exit { 6 } else { 4 });
+        let exits = match sink {
+            _ if kind.is_native() => 0,
+            // Misses exit.
+            Sink::Ioeventfd => 6,
+            Sink::Coalesced => 4,
+        };
+        assert_eq!(vcpu.stats().exits, exits);
         assert_eq!(vcpu.stats().already_captured, 0);
         let counters = rig.vm.program_counters().unwrap_or_default();
-        assert_eq!(
-            (counters.matched, counters.unmatched, counters.lost),
-            (2, 2, 0)
-        );
+        assert_eq!((counters.matched, counters.lost), (2, 0));
+        assert!(counters.unmatched == 2 || kind.is_hooked(), "{counters:?}");
     }
     Ok(())
 }
 
 #[test]
 fn three_writes_without_a_wait_leave_the_last_value_and_a_count() -> Result<()> {
-    for (bus, sink) in each_bus_and_sink() {
-        println!("{bus:?} {sink:?}");
+    for (kind, bus, sink) in each_bus_and_sink() {
         let rig = Rig::new()?;
         let region = region(bus).doorbell(Doorbell::new(0x10, Size::B4).sink(sink));
         let device = Recorder::default();
-        let (channel, wire) = Channel::pair(Transport::Stream)?;
-        let assigned = rig.vm.assign(&region, &*mechanism(Kind::EBPF, &channel)?)?;
+        let (channel, wire) = channel(&rig, kind)?;
+        let assigned = rig.vm.assign(&region, &*mechanism(kind, &channel)?)?;
         let mut program = Program::new();
         for value in [11, 22, 33] {
             program.write(bus, region.base + 0x10, 4, value);
@@ -165,12 +173,11 @@ fn three_writes_without_a_wait_leave_the_last_value_and_a_count() -> Result<()> 
 
 #[test]
 fn after_removal_the_access_comes_back_to_the_vmm() -> Result<()> {
-    for (bus, sink) in each_bus_and_sink() {
-        println!("{bus:?} {sink:?}");
+    for (kind, bus, sink) in each_bus_and_sink() {
         let rig = Rig::new()?;
         let region = region(bus).doorbell(Doorbell::new(0x10, Size::B4).sink(sink));
         let device = Recorder::default();
-        let task = rig.serve(Kind::EBPF, &region, device.clone())?;
+        let task = rig.serve(kind, &region, device.clone())?;
         let addr = region.base + 0x10;
         let mut program = Program::new();
         program.write(bus, addr, 4, 0x77);
@@ -191,7 +198,7 @@ fn after_removal_the_access_comes_back_to_the_vmm() -> Result<()> {
         run_to_halt(&mut vcpu)?;
         // And assigned anew it works as before.
         let again = Recorder::default();
-        let _task = rig.serve(Kind::EBPF, &region, again.clone())?;
+        let _task = rig.serve(kind, &region, again.clone())?;
         rig.guest.reload(vcpu.fd(), 0, &program)?;
         run_to_halt(&mut vcpu)?;
         assert_eq!(
@@ -226,12 +233,11 @@ fn partly_matching(bus: Bus, delivery: Delivery) -> (Region, Program, Vec<(bool,
 
 #[test]
 fn a_partial_mask_uses_the_coalesced_sink_and_misses_are_replayed_in_order() -> Result<()> {
-    for bus in [Bus::Mmio, Bus::Pio] {
-        println!("{bus:?}");
+    for (kind, bus) in each_bus() {
         let rig = Rig::new()?;
         let (region, program, values) = partly_matching(bus, Delivery::Latest);
         let device = Recorder::default();
-        let _task = rig.serve(Kind::EBPF, &region, device.clone())?;
+        let _task = rig.serve(kind, &region, device.clone())?;
         let (_, vcpu) = rig.run(&program)?;
         let told = device.told();
         let written: Vec<_> = told
@@ -264,12 +270,11 @@ fn a_partial_mask_uses_the_coalesced_sink_and_misses_are_replayed_in_order() -> 
 
 #[test]
 fn hits_of_a_queued_doorbell_and_misses_keep_one_order() -> Result<()> {
-    for bus in [Bus::Mmio, Bus::Pio] {
-        println!("{bus:?}");
+    for (kind, bus) in each_bus() {
         let rig = Rig::new()?;
         let (region, program, values) = partly_matching(bus, Delivery::Fifo);
         let device = Recorder::default();
-        let _task = rig.serve(Kind::EBPF, &region, device.clone())?;
+        let _task = rig.serve(kind, &region, device.clone())?;
         rig.run(&program)?;
         let told: Vec<_> = device
             .told()
@@ -287,14 +292,13 @@ fn hits_of_a_queued_doorbell_and_misses_keep_one_order() -> Result<()> {
 
 #[test]
 fn other_sizes_inside_a_zone_are_replayed_as_they_were() -> Result<()> {
-    for bus in [Bus::Mmio, Bus::Pio] {
-        println!("{bus:?}");
+    for (kind, bus) in each_bus() {
         let rig = Rig::new()?;
         let neighbours =
             [0x10, 0x14, 0x18].map(|at| Doorbell::new(at, Size::B4).sink(Sink::Coalesced));
         let region = neighbours.into_iter().fold(region(bus), Region::doorbell);
         let device = Recorder::default();
-        let _task = rig.serve(Kind::EBPF, &region, device.clone())?;
+        let _task = rig.serve(kind, &region, device.clone())?;
         let mut program = Program::new();
         let mut odd = vec![
             (0x11, Size::B1, 0x11),

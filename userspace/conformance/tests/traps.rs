@@ -10,7 +10,9 @@ use anyhow::{Context as _, Result};
 use ioregion_abi::bpf::SlotBlock;
 use ioregion_abi::wire::Layout;
 use ioregion_conformance::pace::amount;
-use ioregion_conformance::{Kind, Recorder, Rig, Task, Told, maps, mechanism, run_to_halt};
+use ioregion_conformance::{
+    Kind, Recorder, Rig, Task, Told, ebpf_kinds, maps, mechanism, run_to_halt,
+};
 use ioregion_dispatch::server::{DeviceEnd, WaitPolicy};
 use ioregion_dispatch::{
     Access, Bus, BusAccess, Channel, Delivery, Doorbell, Event, Exit, Program as Bpf, Region,
@@ -19,6 +21,12 @@ use ioregion_dispatch::{
 use ioregion_microguest::{MMIO_BASE, Program};
 
 const SINKS: [Sink; 2] = [Sink::Ioeventfd, Sink::Coalesced];
+
+/// Each form of `ebpf` that this host offers, with each sink.
+fn forms() -> impl Iterator<Item = (Kind, Sink)> {
+    let forms = ebpf_kinds().flat_map(|kind| SINKS.map(|sink| (kind, sink)));
+    forms.inspect(|(kind, sink)| println!("{kind:?} {sink:?}"))
+}
 
 fn region_with(sink: Sink) -> Region {
     Region::mmio(MMIO_BASE, 0x1000).doorbell(Doorbell::new(0x10, Size::B4).sink(sink))
@@ -46,7 +54,11 @@ fn a_write_that_exits_although_its_slot_has_it_is_delivered_once() -> Result<()>
     const WRITES: u32 = 2000;
     let rig = Rig::new()?;
     let device = Recorder::default();
-    let _task = rig.serve(Kind::EBPF, &region_with(Sink::Coalesced), device.clone())?;
+    let _task = rig.serve(
+        Kind::TRACEPOINTS,
+        &region_with(Sink::Coalesced),
+        device.clone(),
+    )?;
     // Nobody drains the ring for coalesced doorbells until it is full and the write exits.
     let (_, vcpu) = rig.run(&writes(WRITES))?;
     let told = device.wait(|told| rung(told).0 >= u64::from(WRITES))?;
@@ -61,17 +73,12 @@ fn a_write_that_exits_although_its_slot_has_it_is_delivered_once() -> Result<()>
 
 #[test]
 fn a_slot_is_never_older_than_its_sequence() -> Result<()> {
-    for sink in SINKS {
+    for (kind, sink) in forms() {
         let writes_here = amount("writes", 60_000, 6_000);
-        println!("{sink:?}");
         let rig = Rig::new()?;
         let device = Recorder::default();
-        let _task = rig.serve_waiting(
-            Kind::EBPF,
-            &region_with(sink),
-            device.clone(),
-            WaitPolicy::Poll,
-        )?;
+        let _task =
+            rig.serve_waiting(kind, &region_with(sink), device.clone(), WaitPolicy::Poll)?;
         rig.run(&writes(writes_here))?;
         let told = device.wait(|told| rung(told).0 >= u64::from(writes_here))?;
         let mut sequence = 0;
@@ -93,17 +100,15 @@ fn a_slot_is_never_older_than_its_sequence() -> Result<()> {
 
 #[test]
 fn two_vcpus_on_one_doorbell_lose_no_update() -> Result<()> {
-    for (sink, wait) in SINKS
-        .into_iter()
-        .flat_map(|sink| [(sink, WaitPolicy::Poll), (sink, WaitPolicy::Sleep)])
-    {
+    let waits = [WaitPolicy::Poll, WaitPolicy::Sleep];
+    for ((kind, sink), wait) in forms().flat_map(|form| waits.map(|wait| (form, wait))) {
         let count = amount("writes of each vCPU", 60_000, 6_000);
         let all = u64::from(count);
-        println!("{sink:?} {wait:?}");
+        println!("{wait:?}");
         let rig = Rig::new()?;
         let device = Recorder::default();
         let region = region_with(sink);
-        let task = rig.serve_waiting(Kind::EBPF, &region, device.clone(), wait)?;
+        let task = rig.serve_waiting(kind, &region, device.clone(), wait)?;
         let mut vcpus = [0, 1].map(|vcpu| {
             let mut program = Program::new();
             program.repeat(count, |p| {
@@ -160,7 +165,9 @@ fn a_device_process_can_write_no_slot_and_reach_no_other_ports() -> Result<()> {
     let rig = Rig::new()?;
     let (channel, wire) = Channel::pair(Transport::Stream)?;
     let region = region_with(Sink::Coalesced);
-    let assigned = rig.vm.assign(&region, &*mechanism(Kind::EBPF, &channel)?)?;
+    let assigned = rig
+        .vm
+        .assign(&region, &*mechanism(Kind::TRACEPOINTS, &channel)?)?;
     let end = assigned.attach(DeviceEnd::new(wire, Layout::default()));
     let (here, there) = UnixStream::pair()?;
     ioregion_dispatch::handoff::send(&here, end)?;
@@ -209,7 +216,7 @@ fn sinks_that_would_overlap_are_refused() -> Result<()> {
     let rig = Rig::new()?;
     let coalesced = |at, size| Doorbell::new(at, size).sink(Sink::Coalesced);
     let (channel, _wire) = Channel::pair(Transport::Stream)?;
-    let ebpf = mechanism(Kind::EBPF, &channel)?;
+    let ebpf = mechanism(Kind::TRACEPOINTS, &channel)?;
     let plain = Region::mmio(MMIO_BASE, 0x1000);
     for (zone, eventfd) in [
         (coalesced(0x10, Size::B8), Doorbell::new(0x14, Size::B4)),
@@ -235,7 +242,7 @@ fn sinks_that_would_overlap_are_refused() -> Result<()> {
         .doorbell(coalesced(0x10, Size::B4))
         .doorbell(Doorbell::new(0x14, Size::B4));
     let device = Recorder::default();
-    let _task = rig.serve(Kind::EBPF, &region, device.clone())?;
+    let _task = rig.serve(Kind::TRACEPOINTS, &region, device.clone())?;
     let mut program = Program::new();
     program
         .write(Bus::Mmio, MMIO_BASE + 0x10, 4, 1)
@@ -259,14 +266,14 @@ fn a_split_access_reaches_doorbell_and_register_once_each() -> Result<()> {
         (0x1000, Size::B8, 0xff8, 0xff8, true),
         (0xff8, Size::B8, 0x1000, 0xff8, true),
     ];
-    for sink in SINKS {
+    for (kind, sink) in forms() {
         for (doorbell, size, register, at, by_16) in cases {
-            println!("{sink:?} doorbell {doorbell:#x}, write at {at:#x}");
+            println!("doorbell {doorbell:#x}, write at {at:#x}");
             let rig = Rig::new()?;
             let region =
                 Region::mmio(MMIO_BASE, 0x2000).doorbell(Doorbell::new(doorbell, size).sink(sink));
             let device = Recorder::default();
-            let _task = rig.serve(Kind::EBPF, &region, device.clone())?;
+            let _task = rig.serve(kind, &region, device.clone())?;
             let mut program = Program::new();
             if by_16 {
                 program.write16(MMIO_BASE + at, wide);
@@ -314,8 +321,8 @@ fn a_doorbell_that_exits_with_the_access_before_it_still_wakes_its_task() -> Res
         let registers = Region::mmio(MMIO_BASE, 8);
         let bells = Region::mmio(MMIO_BASE + 8, 8).doorbell(Doorbell::new(0, Size::B8).sink(sink));
         let (left, right) = (Recorder::default(), Recorder::default());
-        let _left = rig.serve(Kind::EBPF, &registers, left.clone())?;
-        let task = rig.serve(Kind::EBPF, &bells, right.clone())?;
+        let _left = rig.serve(Kind::TRACEPOINTS, &registers, left.clone())?;
+        let task = rig.serve(Kind::TRACEPOINTS, &bells, right.clone())?;
         std::thread::sleep(Duration::from_millis(10));
         let mut program = Program::new();
         program.write16(MMIO_BASE, 5 << 64 | 4);
@@ -344,8 +351,7 @@ fn a_doorbell_that_exits_with_the_access_before_it_still_wakes_its_task() -> Res
 #[test]
 fn a_read_flushes_a_thousand_doorbells() -> Result<()> {
     const DOORBELLS: u32 = 1000;
-    for sink in SINKS {
-        println!("{sink:?}");
+    for (kind, sink) in forms() {
         let rig = Rig::new()?;
         let doorbell = |n: u64| {
             Doorbell::new(0x100 + 4 * n, Size::B4)
@@ -356,7 +362,7 @@ fn a_read_flushes_a_thousand_doorbells() -> Result<()> {
             .map(doorbell)
             .fold(Region::mmio(MMIO_BASE, 0x2000), Region::doorbell);
         let device = Recorder::default();
-        let _task = rig.serve(Kind::EBPF, &region, device.clone())?;
+        let _task = rig.serve(kind, &region, device.clone())?;
         let mut program = Program::new();
         program.repeat(2 * DOORBELLS, |p| {
             p.write_counter_strided(Bus::Mmio, MMIO_BASE + 0x100, 4, 0, DOORBELLS, 4);
@@ -418,7 +424,7 @@ fn what_was_captured_once_is_not_taken_for_a_later_write_that_nobody_saw() -> Re
         let rig = Rig::with(Some(bpf))?;
         let device = Recorder::default();
         let region = region_with(sink);
-        let _task = rig.serve(Kind::EBPF, &region, device.clone())?;
+        let _task = rig.serve(Kind::TRACEPOINTS, &region, device.clone())?;
         let mut vcpu = rig.vcpu(0, &writes(1))?;
         run_to_halt(&mut vcpu)?;
         device.wait(|told| rung(told).0 == 1)?;
@@ -450,12 +456,14 @@ fn modification_hands_on_what_is_still_in_the_coalesced_ring() -> Result<()> {
     let region = Region::mmio(MMIO_BASE, 0x1000)
         .doorbell(Doorbell::new(0x10, Size::B4).delivery(Delivery::Fifo));
     let device = Recorder::default();
-    let mut tasks = vec![rig.serve(Kind::EBPF, &region, device.clone())?];
+    let mut tasks = vec![rig.serve(Kind::TRACEPOINTS, &region, device.clone())?];
     let mut vcpu = rig.vcpu(0, &writes(WRITES))?;
     for round in 1..=50 {
         run_to_halt(&mut vcpu)?;
         let (channel, wire) = Channel::pair(Transport::Stream)?;
-        let end = rig.vm.modify(&region, &*mechanism(Kind::EBPF, &channel)?)?;
+        let end = rig
+            .vm
+            .modify(&region, &*mechanism(Kind::TRACEPOINTS, &channel)?)?;
         let end = end.attach(DeviceEnd::new(wire, Layout::default()));
         tasks.push(Some(Task::spawn(end, device.clone(), WaitPolicy::Sleep)?));
         rig.guest.reload(vcpu.fd(), 0, &writes(WRITES))?;
@@ -478,7 +486,7 @@ fn a_write_that_another_sink_swallows_does_not_keep_the_drainer_awake() -> Resul
         .doorbell(Doorbell::new(0x10, Size::B4).sink(Sink::Coalesced));
     let plain = Region::mmio(MMIO_BASE + 0x100, 0x100).doorbell(Doorbell::new(0, Size::B4));
     let devices = [Recorder::default(), Recorder::default()];
-    let _zone = rig.serve(Kind::EBPF, &zone, devices[0].clone())?;
+    let _zone = rig.serve(Kind::TRACEPOINTS, &zone, devices[0].clone())?;
     let ioeventfd = Kind {
         name: "ioeventfd",
         transport: Transport::Stream,
@@ -528,7 +536,7 @@ fn a_write_to_a_removed_region_is_not_taken_for_the_captured_one() -> Result<()>
         let rig = Rig::new()?;
         let device = Recorder::default();
         let region = region_with(sink);
-        let _task = rig.serve(Kind::EBPF, &region, device.clone())?;
+        let _task = rig.serve(Kind::TRACEPOINTS, &region, device.clone())?;
         let (_, mut vcpu) = rig.run(&writes(7))?;
         rig.vm.remove(&region)?;
         rig.guest.reload(vcpu.fd(), 0, &writes(1))?;

@@ -6,6 +6,8 @@ use std::io;
 use ioregion_abi::Bus;
 use nix::errno::Errno;
 
+use crate::ebpf::LoadError;
+
 /// Why a region was refused.
 #[derive(Debug, thiserror::Error)]
 #[error("{bus:?} region {base:#x}+{size:#x}: {kind}")]
@@ -35,6 +37,7 @@ impl RegionError {
                 Errno::from_raw(error.raw_os_error().unwrap_or(nix::libc::EIO))
             }
             Kind::Unavailable { .. } => Errno::EOPNOTSUPP,
+            Kind::Tracepoints(error) => error.errno(),
             _ => Errno::EINVAL,
         }
     }
@@ -90,6 +93,35 @@ pub enum RegionErrorKind {
     /// Only a coalesced zone can carry this doorbell, but the ioeventfd sink was asked for.
     #[error("the doorbell at offset {0:#x} needs the coalesced sink: {1}")]
     DoorbellSink(u64, &'static str),
+    /// A register that is to be answered reaches outside the region.
+    #[error("the answered register at offset {0:#x} reaches outside the region")]
+    AnsweredOutside(u64),
+    /// Ports have no 8-byte accesses.
+    #[error("the answered register at offset {0:#x} has a size that its bus does not know")]
+    AnsweredSize(u64),
+    /// Two answers for the same read.
+    #[error("two registers answer reads of the same size at offset {0:#x}")]
+    AnsweredTwice(u64),
+    /// The register file is too short.
+    #[error(
+        "the answered register at offset {offset:#x} has index {index} in a register file of {len}"
+    )]
+    AnsweredIndex {
+        /// The register's offset in the region.
+        offset: u64,
+        /// Its index.
+        index: u32,
+        /// How many registers the file has.
+        len: u32,
+    },
+    /// A register is to be answered, but the region has no register file.
+    #[error("the answered register at offset {0:#x} needs a register file (Region::registers)")]
+    NoRegisterFile(u64),
+    /// KVM cannot read the register file.
+    #[error(
+        "KVM cannot read this register file: make it with Vm::registers of a VM that has a program"
+    )]
+    RegisterFileKind,
     /// The channel's descriptors are closed or of the wrong kind.
     #[error("bad descriptor: {0}")]
     BadDescriptor(#[source] io::Error),
@@ -112,6 +144,9 @@ pub enum RegionErrorKind {
         /// Why, and what would enable it.
         reason: String,
     },
+    /// The eBPF program cannot be attached to KVM's tracepoints.
+    #[error("attaching the eBPF program to KVM's tracepoints: {0}")]
+    Tracepoints(#[source] LoadError),
     /// KVM refused.
     #[error("{what}: {error}")]
     Kvm {

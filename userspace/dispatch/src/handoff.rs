@@ -2,7 +2,7 @@
 //!
 //! One frame (see the source of `frame`) with a description and the descriptors. The receiver
 //! trusts none of it.
-//! Descriptors are those of the wire, eventfds and BPF maps: never KVM's.
+//! Descriptors are those of the wire, eventfds, BPF maps and shared memory: never KVM's.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::frame::{self, FrameError};
 use crate::region::{DataMatch, Delivery, Doorbell, Sink, Wake};
+use crate::registers::RegisterFile;
 use crate::server::DeviceEnd;
 use crate::source::{DoorbellSource, EventDoorbell, Eventfds, Port, PortParts, SlotDoorbell};
 use crate::wire::{self, Transport};
@@ -52,6 +53,9 @@ struct Description {
     wire_fds: u32,
     sources: Vec<SourceDescription>,
     regions: Vec<(u64, Vec<DoorbellDescription>)>,
+    /// One descriptor each, after those of the sources: `(user_data, length, is it a BPF map)`.
+    #[serde(default)]
+    registers: Vec<(u64, u32, bool)>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -88,7 +92,7 @@ const SINKS: [Sink; 2] = [Sink::Ioeventfd, Sink::Coalesced];
 /// may then have a part of the descriptors, which it closes.
 pub fn send(socket: &UnixStream, end: DeviceEnd) -> Result<(), HandoffError> {
     let (description, fds) = take_apart(end).map_err(|error| HandoffError::Descriptor {
-        what: "eventfds",
+        what: "eventfds or registers",
         error,
     })?;
     Ok(frame::send(socket, &description, &fds, MAX_DESCRIPTION)?)
@@ -158,6 +162,11 @@ fn take_apart(end: DeviceEnd) -> io::Result<(Description, Vec<OwnedFd>)> {
     let regions = (end.regions.iter())
         .map(|(user_data, bells)| (*user_data, bells.iter().map(describe).collect()))
         .collect();
+    let mut registers = Vec::new();
+    for (user_data, file) in end.registers {
+        registers.push((user_data, file.len(), file.is_map()));
+        fds.push(file.descriptor()?);
+    }
     let v3 = end.layout == Layout::V3;
     Ok((
         Description {
@@ -166,6 +175,7 @@ fn take_apart(end: DeviceEnd) -> io::Result<(Description, Vec<OwnedFd>)> {
             wire_fds,
             sources,
             regions,
+            registers,
         },
         fds,
     ))
@@ -253,6 +263,10 @@ fn put_together(description: Description, fds: Vec<OwnedFd>) -> Result<DeviceEnd
             user_data,
             bells.into_iter().map(doorbell).collect::<Result<_, _>>()?,
         );
+    }
+    for (user_data, len, is_map) in description.registers {
+        let file = RegisterFile::received(next()?, len, is_map).map_err(at_fault("registers"))?;
+        end = end.with_registers(user_data, file);
     }
     match next() {
         Ok(_) => Err(Mismatch("more descriptors than described")),

@@ -7,6 +7,7 @@
 //!   [`Vcpu::run`] runs the guest and carries what exits.
 //! * A [`Channel`] is the VMM's end of a device task, [`server::DeviceEnd`] the task's own, which
 //!   a thread, a tokio task or an io_uring serves, or which [`handoff`] gives to another process.
+//! * A [`RegisterFile`] has the values of registers that may be read without asking the device.
 //! * A [`Program`] is the eBPF program of the mechanism [`Ebpf`](mechanism::Ebpf).
 //!
 //! The semantics are those of the ioregionfd design discussion (2020–21); the README shows a
@@ -22,6 +23,7 @@ pub mod handoff;
 pub mod mechanism;
 pub mod probe;
 pub mod region;
+mod registers;
 pub mod server;
 pub mod source;
 mod sys;
@@ -36,8 +38,9 @@ pub use ebpf::{LoadError, Program, ProgramCounters};
 pub use error::{RegionError, RegionErrorKind};
 pub use frame::FrameError;
 pub use ioregion_abi::{Bus, Size};
-pub use mechanism::{Mechanism, RegionId};
-pub use region::{DataMatch, Delivery, Doorbell, Region, Sink, Wake};
+pub use mechanism::{Mechanism, RegionId, Via};
+pub use region::{Answered, DataMatch, Delivery, Doorbell, Region, Sink, Wake};
+pub use registers::RegisterFile;
 pub use vcpu::{Exit, Vcpu, VcpuStats};
 pub use vm::{Assigned, Event, Vm};
 pub use waiter::Kicker;

@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 use ioregion_abi::{Bus, Size};
 
 use crate::error::{RegionError, RegionErrorKind};
+use crate::registers::RegisterFile;
 
 /// How the writes to one doorbell reach the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -30,7 +31,8 @@ pub enum Wake {
     Always,
 }
 
-/// What keeps an `ebpf` doorbell from exiting to user space.
+/// What keeps an `ebpf` doorbell from exiting to user space, on kernels where that takes a sink
+/// ([`Via::Tracepoints`](crate::Via::Tracepoints)); and who wakes the device task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Sink {
     /// An ioeventfd; KVM itself signals it, whatever [`Wake`] says.
@@ -135,10 +137,41 @@ impl Doorbell {
     }
 }
 
+/// A register whose reads may be answered from the region's [`RegisterFile`], without the device.
+///
+/// Only the mechanism [`Ebpf`](crate::mechanism::Ebpf) on a kernel that can do it
+/// ([`Via::Hook`](crate::Via::Hook)) does so; elsewhere, and for reads of other sizes or at other
+/// offsets, [`Device::read`](crate::Device::read) is asked as ever.
+///
+/// **An answered read does not observe a doorbell that the device has not handled yet**, nor a
+/// posted write that is on its way: unlike other reads it flushes nothing. So declare no register
+/// that a driver reads back to learn that its writes have arrived.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Answered {
+    /// Byte offset in the region.
+    pub offset: u64,
+    /// Size of the read; it returns that many low bytes of the register.
+    pub size: Size,
+    /// Index of the register in the file.
+    pub index: u32,
+}
+
+impl Answered {
+    /// Reads of `size` at `offset` are answered from the register with this index.
+    #[must_use]
+    pub fn new(offset: u64, size: Size, index: u32) -> Self {
+        Self {
+            offset,
+            size,
+            index,
+        }
+    }
+}
+
 /// An address range with a device behind it.
 ///
 /// The fields are those of `struct kvm_ioregion` (ioregionfd design discussion, 2020), plus the
-/// doorbells.
+/// doorbells and the registers whose reads may be answered without the device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Region {
     /// The bus.
@@ -153,6 +186,10 @@ pub struct Region {
     pub posted_writes: bool,
     /// Addresses where a write only has to be noticed.
     pub doorbells: Vec<Doorbell>,
+    /// Registers whose reads may be answered from `registers`.
+    pub answered: Vec<Answered>,
+    /// The values of those.
+    pub registers: Option<RegisterFile>,
 }
 
 impl Region {
@@ -166,6 +203,8 @@ impl Region {
             user_data: 0,
             posted_writes: false,
             doorbells: Vec::new(),
+            answered: Vec::new(),
+            registers: None,
         }
     }
 
@@ -196,6 +235,20 @@ impl Region {
     #[must_use]
     pub fn doorbell(mut self, doorbell: Doorbell) -> Self {
         self.doorbells.push(doorbell);
+        self
+    }
+
+    /// Sets the file that [`answered`](Self::answered) registers have their values from.
+    #[must_use]
+    pub fn registers(mut self, registers: &RegisterFile) -> Self {
+        self.registers = Some(registers.clone());
+        self
+    }
+
+    /// Adds a register whose reads may be answered without the device.
+    #[must_use]
+    pub fn answered(mut self, answered: Answered) -> Self {
+        self.answered.push(answered);
         self
     }
 
@@ -264,6 +317,36 @@ impl Region {
                 return fail(Kind::DoorbellOverlap(pair[1].0));
             }
         }
+        self.check_answered().map_err(|kind| self.error(kind))
+    }
+
+    fn check_answered(&self) -> Result<(), RegionErrorKind> {
+        use RegionErrorKind as Kind;
+        let mut seen = HashSet::new();
+        for &Answered {
+            offset,
+            size,
+            index,
+        } in &self.answered
+        {
+            let end = offset.checked_add(size.bytes().into());
+            if end.is_none_or(|end| end > self.size) {
+                return Err(Kind::AnsweredOutside(offset));
+            }
+            if self.bus == Bus::Pio && size == Size::B8 {
+                return Err(Kind::AnsweredSize(offset));
+            }
+            if !seen.insert((offset, size)) {
+                return Err(Kind::AnsweredTwice(offset));
+            }
+            let Some(registers) = &self.registers else {
+                return Err(Kind::NoRegisterFile(offset));
+            };
+            if index >= registers.len() {
+                let len = registers.len();
+                return Err(Kind::AnsweredIndex { offset, index, len });
+            }
+        }
         Ok(())
     }
 
@@ -322,78 +405,4 @@ impl DoorbellIndex {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::HashMap as Table;
-
-    use ioregion_abi::bpf::{MatchEntry, MatchKey};
-    use ioregion_abi::matching;
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::mechanism::ebpf_entries_for_tests as entries;
-
-    struct Map(Table<MatchKey, MatchEntry>);
-
-    impl matching::Table for Map {
-        fn get(&self, key: &MatchKey) -> Option<MatchEntry> {
-            self.0.get(key).copied()
-        }
-    }
-
-    fn doorbell() -> impl Strategy<Value = Doorbell> {
-        let size = prop::sample::select(&Size::ALL[..]);
-        (0..6_u64, size, prop::option::of((0..4_u64, 0..4_u64))).prop_map(
-            |(at, size, datamatch)| {
-                let doorbell = Doorbell::new(at * 8, size).sink(Sink::Coalesced);
-                match datamatch {
-                    Some((mask, value)) => doorbell.matching_masked(mask, value & mask),
-                    None => doorbell,
-                }
-            },
-        )
-    }
-
-    proptest! {
-        /// The program's table, this index and the plain rule agree on every write.
-        #[test]
-        fn index_table_and_rule_find_the_same_doorbell(
-            doorbells in prop::collection::vec(doorbell(), 0..8),
-            writes in prop::collection::vec((0..7_u64, prop::sample::select(&Size::ALL[..]), 0..8_u64), 1..40),
-        ) {
-            let mut region = Region::mmio(0x1000, 0x100);
-            for doorbell in doorbells {
-                let mut more = region.clone();
-                more.doorbells.push(doorbell);
-                if more.check().is_ok() {
-                    region = more;
-                }
-            }
-            let index = DoorbellIndex::new(&region.doorbells);
-            let table = Map(entries(&region, 1, 2, 3).into_iter().collect());
-            for (at, size, data) in writes {
-                let offset = at * 8;
-                let rule = region.doorbells.iter().position(|doorbell| doorbell.rings(offset, size, data));
-                prop_assert_eq!(index.find(offset, size, data).map(|at| at as usize), rule);
-                let found = matching::find(&table, 1, Bus::Mmio, 0x1000 + offset, size.bytes(), data);
-                prop_assert_eq!(found.map(|entry| entry.slot as usize), rule);
-            }
-        }
-    }
-
-    #[test]
-    fn straddling_doorbells_are_refused_and_nested_ones_are_not() {
-        let region = Region::mmio(0, 0x10).doorbell(Doorbell::new(0, Size::B4));
-        assert!(
-            region
-                .clone()
-                .doorbell(Doorbell::new(0, Size::B8))
-                .check()
-                .is_ok()
-        );
-        let straddling = region.doorbell(Doorbell::new(2, Size::B2)).check();
-        assert!(matches!(
-            straddling.unwrap_err().kind,
-            RegionErrorKind::DoorbellOverlap(2)
-        ));
-    }
-}
+mod tests;

@@ -6,13 +6,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use ioregion_abi::bpf::MAX_REGISTERS;
 use ioregion_abi::{Bus, Size};
 use kvm_ioctls::VmFd;
 
 use crate::ebpf::{Program, ProgramCounters, VmProgram};
 use crate::error::{RegionError, RegionErrorKind};
-use crate::mechanism::{Carrier, Mechanism, Native, Placed, RegionId};
+use crate::mechanism::{Carrier, Mechanism, Native, Placed, RegionId, Via};
 use crate::region::{Doorbell, Region};
+use crate::registers::RegisterFile;
 use crate::server::DeviceEnd;
 use crate::source::DoorbellSource;
 
@@ -86,19 +88,26 @@ pub struct Assigned {
     pub id: RegionId,
     /// The mechanism that carries its doorbells.
     pub mechanism: &'static str,
+    /// How the program of the mechanism [`Ebpf`](crate::mechanism::Ebpf) sees the accesses;
+    /// `None` under other mechanisms.
+    pub via: Option<Via>,
     /// Why it was chosen; empty where there was no choice.
     pub reason: String,
     user_data: u64,
     doorbells: Vec<Doorbell>,
+    registers: Option<RegisterFile>,
     sources: Vec<DoorbellSource>,
 }
 
 impl Assigned {
-    /// Gives the device task what it needs to know about the region: its doorbells and where
-    /// those arrive that do not come over the wire.
+    /// Gives the device task what it needs to know about the region: its doorbells, where
+    /// those arrive that do not come over the wire, and its register file.
     #[must_use]
     pub fn attach(self, end: DeviceEnd) -> DeviceEnd {
-        let end = end.region(self.user_data, self.doorbells);
+        let mut end = end.region(self.user_data, self.doorbells);
+        if let Some(registers) = self.registers {
+            end = end.with_registers(self.user_data, registers);
+        }
         self.sources.into_iter().fold(end, DeviceEnd::source)
     }
 }
@@ -135,6 +144,23 @@ impl Vm {
             .program
             .as_ref()
             .map(|program| program.counters())
+    }
+
+    /// Makes a register file for regions of this VM: of a kind that KVM can answer reads from, if
+    /// the VM has a program.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidInput` unless `len`, the number of registers, is 1 to
+    /// [`MAX_REGISTERS`](ioregion_abi::bpf::MAX_REGISTERS). The system's, or the loader's, which
+    /// bounds what one VMM can have.
+    pub fn registers(&self, len: u32) -> io::Result<RegisterFile> {
+        match &self.shared.program {
+            Some(program) if (1..=MAX_REGISTERS).contains(&len) => {
+                RegisterFile::of_map(program.control().create_registers(len)?, len)
+            }
+            _ => RegisterFile::new(len),
+        }
     }
 
     pub(crate) fn shared(&self) -> &Arc<VmShared> {
@@ -175,8 +201,8 @@ impl Vm {
 
     /// Replaces the mechanism (channel, device, flags, doorbells) of the region that has the
     /// same bus, address and size. Accesses wait meanwhile; none is lost, except that between
-    /// [`Ioregionfd`](crate::mechanism::Ioregionfd) and the mechanisms outside of KVM the access
-    /// under way returns all-ones or comes back as unclaimed.
+    /// [`Ioregionfd`](crate::mechanism::Ioregionfd) (or [`Via::Hook`]) and the mechanisms outside
+    /// of KVM the access under way returns all-ones or comes back as unclaimed.
     ///
     /// # Errors
     ///
@@ -221,9 +247,11 @@ impl Vm {
         let assigned = Assigned {
             id,
             mechanism: assignment.mechanism,
+            via: assignment.via,
             reason: assignment.reason,
             user_data: region.user_data,
             doorbells: region.doorbells.clone(),
+            registers: region.registers.clone(),
             sources: assignment.sources,
         };
         Ok((

@@ -18,7 +18,7 @@ use ioregion_dispatch::source::{
     DoorbellSource, EventDoorbell, Eventfds, Port, PortParts, SlotDoorbell,
 };
 use ioregion_dispatch::wire::{Transport, pair};
-use ioregion_dispatch::{Access, Device, Doorbell, Ring, Size};
+use ioregion_dispatch::{Access, Device, Doorbell, RegisterFile, Ring, Size};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
@@ -239,7 +239,15 @@ fn what_contradicts_itself_is_refused_and_leaks_no_descriptor() {
         );
         edit("[]", &port)
     };
+    let registers = |files: &str| edit("]}", &format!(r#"],"registers":{files}}}"#));
     let cases: Vec<(String, u32, usize)> = vec![
+        // A pipe is no register file; lengths that none has; a descriptor that is not there.
+        (registers("[[0,1,true]]"), 3, 3),
+        (registers("[[0,1,false]]"), 3, 3),
+        (registers("[[0,0,false]]"), 3, 3),
+        (registers("[[0,4294967295,true]]"), 3, 3),
+        (registers("[[0,1,false]]"), 2, 2),
+        (registers("[]"), 3, 3),
         (PIPES.into(), 2, 3),
         (PIPES.into(), 3, 3),
         (PIPES.into(), 2, 1),
@@ -276,6 +284,25 @@ fn what_contradicts_itself_is_refused_and_leaks_no_descriptor() {
         drop(result);
         assert_eq!(open_descriptors(), before, "{text}, {announced}, {sent}");
     }
+}
+
+#[test]
+fn a_register_file_is_the_same_on_both_sides() {
+    let _turn = turn();
+    let file = RegisterFile::new(9).unwrap();
+    let (_wire, device) = pair(Transport::Stream).unwrap();
+    let end = DeviceEnd::new(device, Layout::Info).with_registers(7, file.clone());
+    let (here, there) = UnixStream::pair().unwrap();
+    handoff::send(&here, end).unwrap();
+    let end = handoff::recv(&there).unwrap();
+    assert_eq!(end.registers(6), None);
+    let received = end.registers(7).unwrap();
+    received.store(8, 5);
+    assert_eq!((received.len(), file.load(8)), (9, 5));
+    // And once more, as it came.
+    handoff::send(&here, end).unwrap();
+    let again = handoff::recv(&there).unwrap().registers(7).unwrap();
+    assert_eq!(again.load(8), 5);
 }
 
 #[test]

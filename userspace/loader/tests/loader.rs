@@ -12,7 +12,7 @@ use ioregion_dispatch::mechanism::Ebpf;
 use ioregion_dispatch::server::{DeviceEnd, Stop, WaitPolicy, serve};
 use ioregion_dispatch::{
     Access, Bus, Channel, Device, Doorbell, Event, Exit, LoadError, Program, Region, Ring, Size,
-    Transport, Vcpu, Vm,
+    Transport, Vcpu, Via, Vm,
 };
 use ioregion_microguest::{DEFAULT_RAM, MMIO_BASE, MicroVm, Program as Payload};
 
@@ -81,7 +81,9 @@ fn ring(guest: &MicroVm, program: &Arc<Program>, between: impl FnOnce(&Vm)) -> O
     let vm = Vm::with_program(Arc::clone(guest.vm()), program).unwrap();
     let (channel, wire) = Channel::pair(Transport::Seqpacket).unwrap();
     let region = Region::mmio(MMIO_BASE, 0x1000).doorbell(Doorbell::new(0x10, Size::B4));
-    let assigned = vm.assign(&region, &Ebpf::new(&channel)).unwrap();
+    let assigned = vm
+        .assign(&region, &Ebpf::new(&channel).via(Via::Tracepoints))
+        .unwrap();
     let end = assigned.attach(DeviceEnd::new(wire, channel.layout()));
     let values = Values::default();
     let mut device = values.clone();
@@ -172,15 +174,16 @@ fn programs_of(pid: u32) -> HashSet<u32> {
         .collect()
 }
 
-/// Waits until the kernel holds none of these programs, `whoami` apart: it is never attached, and
-/// a VMM keeps its descriptor.
+/// Waits until the kernel holds none of these programs, apart from the two that are never attached
+/// to a tracepoint and of which a VMM has descriptors of its own.
 fn wait_until_gone(programs: &HashSet<u32>) {
     assert!(!programs.is_empty());
     let end = Instant::now() + Duration::from_secs(20);
     let any = || {
         let mut loaded = aya::programs::loaded_programs().filter_map(Result::ok);
         loaded.any(|program| {
-            programs.contains(&program.id()) && program.name_as_str() != Some("whoami")
+            let is_lent = matches!(program.name_as_str(), Some("whoami" | "kvm_ioregion"));
+            programs.contains(&program.id()) && !is_lent
         })
     };
     while any() {

@@ -8,13 +8,16 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use ioregion_abi::wire::Layout;
 use ioregion_conformance::pace::patience;
-use ioregion_conformance::{Kind, Recorder, Rig, Task, kinds, mechanism};
-use ioregion_dispatch::mechanism::KvmRun;
+use ioregion_conformance::{Kind, Recorder, Rig, Task, has_hook, kinds, mechanism};
+use ioregion_dispatch::mechanism::{Ebpf, KvmRun};
 use ioregion_dispatch::server::{DeviceEnd, WaitPolicy};
 use ioregion_dispatch::wire::{Message, Try, Wire};
 use ioregion_dispatch::{Access, Channel, Device, Event, Exit, Kicker, RegionId, Ring, Vcpu};
-use ioregion_dispatch::{Doorbell, Program as Bpf, Region, Size, Vm};
+use ioregion_dispatch::{
+    Doorbell, Program as Bpf, Region, RegionErrorKind, Size, Transport, Via, Vm,
+};
 use ioregion_microguest::MMIO_BASE;
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollTimeout, poll};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
@@ -333,4 +336,32 @@ pub fn recv(wire: &mut dyn Wire) -> Message {
         }
         wire.finish_sleep();
     }
+}
+
+/// The kinds to test. Where the kernel has no hook there is none, and asking for it must say so.
+pub fn hooked() -> Result<Vec<Kind>> {
+    if !has_hook() {
+        let rig = Rig::new()?;
+        let (channel, _wire) = Channel::pair(Transport::Stream)?;
+        let asked = Ebpf::new(&channel).via(Via::Hook);
+        let region = region();
+        let error = rig.vm.assign(&region, &asked).expect_err("no such kernel");
+        let RegionErrorKind::Unavailable { mechanism, reason } = &error.kind else {
+            panic!("{error:?}");
+        };
+        assert_eq!(*mechanism, Ebpf::NAME);
+        assert!(reason.contains("KVM_SET_IOREGION"), "{error}");
+        assert_eq!(error.errno(), Errno::EOPNOTSUPP);
+        // Nothing is left of it, and the channel is as it was.
+        let assigned = rig.vm.assign(&region, &Ebpf::new(&channel))?;
+        assert_eq!(assigned.via, Some(Via::Tracepoints));
+        assert!(
+            assigned.reason.contains("KVM_SET_IOREGION"),
+            "{}",
+            assigned.reason
+        );
+    }
+    let kinds: Vec<_> = kinds().filter(|kind| kind.is_hooked()).collect();
+    assert_eq!(kinds.is_empty(), !has_hook());
+    Ok(kinds)
 }

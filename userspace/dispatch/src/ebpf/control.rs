@@ -37,10 +37,14 @@ pub(crate) trait Control: Send + Sync + fmt::Debug {
     fn new_record(&self, vm: u32) -> io::Result<u32>;
     /// Gives a record back.
     fn free_record(&self, record: u32) -> io::Result<()>;
+    /// Makes an array map for a register file of this many registers.
+    fn create_registers(&self, len: u32) -> io::Result<OwnedFd>;
     /// The map of vCPU records.
     fn records(&self) -> BorrowedFd<'_>;
     /// The program that tells a thread's id.
     fn whoami(&self) -> BorrowedFd<'_>;
+    /// The program that KVM shows accesses to.
+    fn hook(&self) -> BorrowedFd<'_>;
     /// How often the kernel skipped the programs because they were running already.
     fn recursion_misses(&self) -> io::Result<u64>;
     /// Becomes ready when the holder goes away, and with it the program.
@@ -48,10 +52,8 @@ pub(crate) trait Control: Send + Sync + fmt::Debug {
     /// After a hang-up, waits until the program is detached: a holder that is killed may lose its
     /// socket first, and what the program still captures would be carried twice.
     fn await_end(&self) {}
-    /// Attaches or detaches the programs.
-    fn set_attached(&self, _attached: bool) -> Result<(), LoadError> {
-        Err(LoadError::Io(io::ErrorKind::Unsupported.into()))
-    }
+    /// Attaches the programs to KVM's tracepoints, or detaches them, unless that is so already.
+    fn set_attached(&self, attached: bool) -> Result<(), LoadError>;
     /// Prints what the program has logged.
     #[cfg(feature = "log")]
     fn flush_log(&self) {}

@@ -6,14 +6,15 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-use ioregion_abi::bpf::MAX_DOORBELLS;
+use ioregion_abi::bpf::{MAX_DOORBELLS, MAX_REGISTERS};
 use nix::sys::socket::{MsgFlags, getsockopt, sockopt::PeerCredentials};
 
 use super::control::{Control, PortFds};
 use super::local::Local;
 use super::program::LoadError;
 use super::protocol::{
-    MAX_FRAME, MAX_SLOTS, Reply, Request, VERSION, unpack_entry, unpack_key, zone,
+    MAX_ALL_REGISTERS, MAX_FRAME, MAX_SLOTS, Reply, Request, VERSION, unpack_entry, unpack_key,
+    zone,
 };
 use crate::frame::{self, FrameError};
 use crate::sys::pidfd;
@@ -34,13 +35,9 @@ pub fn serve_vmm(socket: &UnixStream, object: &[u8]) -> Result<(), LoadError> {
     let peer = getsockopt(socket, PeerCredentials).map_err(|errno| LoadError::Io(errno.into()))?;
     let process = Some(peer.pid().cast_unsigned());
     let program = Local::load(object, MAX_DOORBELLS, process).inspect_err(|error| {
-        let errno = match error {
-            LoadError::NotPermitted(_) => libc::EPERM,
-            LoadError::NoTracepoint { .. } => libc::ENOENT,
-            _ => libc::EIO,
-        };
         // The client may be gone already.
-        let _ = frame::send(socket, &Reply::Failed(errno), &[], MAX_FRAME);
+        let refusal = Reply::Failed(error.errno() as i32);
+        let _ = frame::send(socket, &refusal, &[], MAX_FRAME);
     })?;
     // Before the client, so that it comes after the program's end.
     let _farewell = Farewell(socket);
@@ -49,6 +46,7 @@ pub fn serve_vmm(socket: &UnixStream, object: &[u8]) -> Result<(), LoadError> {
         pid: peer.pid(),
         process: pidfd::open(peer.pid()).map_err(LoadError::Io)?,
         slots: 0,
+        registers: 0,
         records: HashSet::new(),
         ports: Vec::new(),
     };
@@ -87,6 +85,7 @@ struct Client {
     pid: i32,
     process: OwnedFd,
     slots: u32,
+    registers: u32,
     ports: Vec<(u32, u32)>,
     records: HashSet<u32>,
 }
@@ -99,7 +98,8 @@ impl Client {
         match request {
             Request::Hello { version } if *version != VERSION => return errno(libc::EPROTO),
             Request::Hello { .. } => {
-                let fds = [program.records(), program.whoami()].map(|fd| fd.try_clone_to_owned());
+                let fds = [program.records(), program.whoami(), program.hook()];
+                let fds = fds.map(|fd| fd.try_clone_to_owned());
                 return Ok((Reply::Done, fds.into_iter().collect::<io::Result<_>>()?));
             }
             Request::CreatePort { slots } => {
@@ -166,6 +166,22 @@ impl Client {
                     return errno(libc::ENOENT);
                 }
                 program.free_record(*record)?;
+            }
+            Request::CreateRegisters { len } => {
+                if !(1..=MAX_REGISTERS).contains(len) {
+                    return errno(libc::EINVAL);
+                }
+                let total = self.registers.saturating_add(*len);
+                if total > MAX_ALL_REGISTERS {
+                    return errno(libc::ENOSPC);
+                }
+                let map = program.create_registers(*len)?;
+                self.registers = total;
+                return Ok((Reply::Done, vec![map]));
+            }
+            Request::Attach => {
+                let attached = program.set_attached(true);
+                attached.map_err(|error| io::Error::from_raw_os_error(error.errno() as i32))?;
             }
             Request::RecursionMisses => return number(program.recursion_misses()?),
         }

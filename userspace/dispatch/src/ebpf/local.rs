@@ -23,7 +23,7 @@ const BPF_F_MMAPABLE: u32 = 1 << 10;
 const BPF_F_INNER_MAP: u32 = 1 << 12;
 /// The smallest ring buffer: one page.
 const RINGBUF_LEN: u32 = 4096;
-/// The programs, and the raw tracepoints that they are attached to.
+/// The programs that are attached, and the raw tracepoints that they are attached to.
 const PROGRAMS: [&str; 2] = ["kvm_mmio", "kvm_pio"];
 
 /// The program and its maps.
@@ -31,10 +31,12 @@ pub(crate) struct Local {
     maps: Mutex<Maps>,
     records: OwnedFd,
     whoami: ProgramFd,
+    hook: ProgramFd,
     attached: Vec<ProgramFd>,
     #[cfg(feature = "log")]
     logger: Option<Mutex<aya_log::EbpfLogger<&'static dyn log::Log>>>,
-    // Holds the links: dropping it detaches the programs.
+    // Holds the links, of which there are none until they are needed: dropping it detaches the
+    // programs.
     ebpf: Mutex<(Ebpf, Vec<RawTracePointLinkId>)>,
 }
 
@@ -61,8 +63,8 @@ impl std::fmt::Debug for Local {
 }
 
 impl Local {
-    /// Loads and attaches the programs of an object file, for the threads of one process or of
-    /// all.
+    /// Loads the programs of an object file, for the threads of one process or of all, and makes
+    /// sure that they can be attached.
     pub(crate) fn load(
         object: &[u8],
         max_doorbells: u32,
@@ -79,16 +81,17 @@ impl Local {
             .inspect_err(|error| tracing::debug!(%error, "the program was built without logging"))
             .ok()
             .map(Mutex::new);
-        let whoami = program(&mut ebpf, "whoami")?;
-        whoami.load().map_err(LoadError::verify)?;
-        let whoami = whoami.fd()?.try_clone().map_err(LoadError::Io)?;
-        let mut attached = Vec::new();
-        for name in PROGRAMS {
+        let mut load = |name| {
             let program = program(&mut ebpf, name)?;
             program.load().map_err(LoadError::verify)?;
-            attached.push(program.fd()?.try_clone().map_err(LoadError::Io)?);
-        }
+            program.fd()?.try_clone().map_err(LoadError::Io)
+        };
+        let whoami = load("whoami")?;
+        let hook = load("kvm_ioregion")?;
+        let attached = PROGRAMS.into_iter().map(load).collect::<Result<_, _>>()?;
+        // What is missing is told now; whoever never needs the tracepoints does not pay for them.
         let links = attach(&mut ebpf)?;
+        detach(&mut ebpf, links)?;
         let mut outer = Vec::new();
         let mut take = |name: &'static str| {
             let map = ebpf
@@ -139,10 +142,11 @@ impl Local {
             maps: Mutex::new(maps),
             records: records_fd,
             whoami,
+            hook,
             attached,
             #[cfg(feature = "log")]
             logger,
-            ebpf: Mutex::new((ebpf, links)),
+            ebpf: Mutex::new((ebpf, Vec::new())),
         })
     }
 
@@ -165,6 +169,13 @@ fn attach(ebpf: &mut Ebpf) -> Result<Vec<RawTracePointLinkId>, LoadError> {
         links.push(link.map_err(|error| LoadError::attach(name, error))?);
     }
     Ok(links)
+}
+
+fn detach(ebpf: &mut Ebpf, links: Vec<RawTracePointLinkId>) -> Result<(), LoadError> {
+    for (name, link) in PROGRAMS.into_iter().zip(links) {
+        program(ebpf, name)?.detach(link)?;
+    }
+    Ok(())
 }
 
 fn create(
@@ -318,12 +329,22 @@ impl Control for Local {
         Ok(())
     }
 
+    fn create_registers(&self, len: u32) -> io::Result<OwnedFd> {
+        let (kind, value) = (BPF_MAP_TYPE_ARRAY as u32, size_of::<u64>() as u32);
+        let map = create(kind, value, len, BPF_F_MMAPABLE, "ioregion_regs").map_err(to_io)?;
+        map.fd().as_fd().try_clone_to_owned()
+    }
+
     fn records(&self) -> BorrowedFd<'_> {
         self.records.as_fd()
     }
 
     fn whoami(&self) -> BorrowedFd<'_> {
         self.whoami.as_fd()
+    }
+
+    fn hook(&self) -> BorrowedFd<'_> {
+        self.hook.as_fd()
     }
 
     fn recursion_misses(&self) -> io::Result<u64> {
@@ -351,9 +372,7 @@ impl Control for Local {
         if attached && links.is_empty() {
             *links = attach(ebpf)?;
         } else if !attached {
-            for (name, link) in PROGRAMS.into_iter().zip(links.drain(..)) {
-                program(ebpf, name)?.detach(link)?;
-            }
+            detach(ebpf, std::mem::take(links))?;
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ use aya::EbpfError;
 use aya::maps::MapError;
 use aya::programs::ProgramError;
 use ioregion_abi::bpf::MAX_DOORBELLS;
+use nix::errno::Errno;
 
 use super::binding::Threads;
 use super::control::Control;
@@ -22,7 +23,11 @@ const SEARCHED: usize = 4;
 /// Names another object file.
 const OBJECT_VARIABLE: &str = "IOREGION_BPF_OBJECT";
 
-/// A loaded and attached eBPF program.
+/// A loaded eBPF program.
+///
+/// It is attached to KVM's tracepoints once a region needs that
+/// ([`Via::Tracepoints`](crate::Via::Tracepoints)); regions whose accesses KVM itself shows to it
+/// ([`Via::Hook`](crate::Via::Hook)) do not.
 ///
 /// It observes the accesses of the vCPU threads that are registered with it, and of no others.
 /// Dropping it (or the process ending in whatever way) detaches it; nothing is pinned.
@@ -37,7 +42,8 @@ pub struct Program {
 pub struct ProgramCounters {
     /// Writes that matched a doorbell.
     pub matched: u64,
-    /// Writes that matched none.
+    /// Writes that matched none. Where the program is attached to tracepoints as well, it sees what
+    /// KVM shows it ([`Via::Hook`](crate::Via::Hook)) once more, and knows nothing of it there.
     pub unmatched: u64,
     /// Wake-ups sent through ring buffers.
     pub wakeups: u64,
@@ -148,6 +154,33 @@ impl LoadError {
     }
 }
 
+impl LoadError {
+    /// The errno that comes closest.
+    #[must_use]
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::NotPermitted(_) => Errno::EPERM,
+            Self::NoTracepoint { .. } | Self::NotBuilt { .. } => Errno::ENOENT,
+            Self::Unreadable { error, .. } | Self::Loader { error, .. } | Self::Io(error) => {
+                error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+            }
+            _ => Errno::EIO,
+        }
+    }
+
+    /// What a loader said when it was asked to attach the program.
+    pub(super) fn attached(error: io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::EPERM) => Self::NotPermitted(error),
+            Some(libc::ENOENT) => Self::NoTracepoint {
+                name: "kvm_mmio or kvm_pio",
+                error,
+            },
+            _ => Self::Io(error),
+        }
+    }
+}
+
 impl From<MapError> for LoadError {
     fn from(error: MapError) -> Self {
         match error {
@@ -170,7 +203,7 @@ fn is_permission(error: &io::Error) -> bool {
 }
 
 impl Program {
-    /// Loads and attaches the program from an object in memory.
+    /// Loads the program from an object in memory, and makes sure that it can be attached.
     ///
     /// # Errors
     ///
@@ -262,8 +295,9 @@ impl Program {
         self.control.flush_log();
     }
 
-    /// Takes the program off its tracepoints, or puts it back, for measuring what it costs while
-    /// no region uses it: doorbells that are rung meanwhile are swallowed and lost.
+    /// Puts the program on its tracepoints before a region needs them, or takes it off again, for
+    /// measuring what it costs while no region uses it: doorbells that are rung after it was taken
+    /// off are swallowed and lost. The next region that needs them puts it back.
     ///
     /// # Errors
     ///

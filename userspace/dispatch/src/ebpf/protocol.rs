@@ -11,10 +11,15 @@ pub(super) const MAX_FRAME: u32 = 32 << 20;
 /// Most slots of all ports of one client: bounds the kernel memory that it can make us lock.
 pub(super) const MAX_SLOTS: u32 = 1 << 20;
 
+/// Most registers of all register files that one client has made: they are its own until it hangs
+/// up, since nobody can tell who has them mapped.
+pub(super) const MAX_ALL_REGISTERS: u32 = 1 << 20;
+
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) enum Request {
-    /// Replied to with [`Reply::Done`] and the descriptors of the records and of `whoami`.
+    /// Replied to with [`Reply::Done`] and the descriptors of the records, of `whoami` and of the
+    /// program for KVM.
     Hello {
         version: u32,
     },
@@ -41,6 +46,12 @@ pub(super) enum Request {
         vm: u32,
     },
     FreeRecord(u32),
+    /// Replied to with [`Reply::Done`] and the descriptor of an array map.
+    CreateRegisters {
+        len: u32,
+    },
+    /// Attach the program to KVM's tracepoints.
+    Attach,
     RecursionMisses,
 }
 
@@ -54,7 +65,7 @@ pub(super) enum Reply {
 }
 
 /// Revision of this protocol.
-pub(super) const VERSION: u32 = 2;
+pub(super) const VERSION: u32 = 3;
 
 /// `(addr, value, vm, what)`
 pub(super) type Key = (u64, u64, u32, u32);

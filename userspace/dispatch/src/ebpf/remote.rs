@@ -25,6 +25,7 @@ pub(crate) struct Remote {
     watched: UnixStream,
     records: OwnedFd,
     whoami: OwnedFd,
+    hook: OwnedFd,
     /// The loader's process; none where it cannot be seen from here.
     loader: Option<OwnedFd>,
 }
@@ -40,7 +41,7 @@ impl Remote {
         };
         let socket = UnixStream::connect(path).map_err(error)?;
         let (reply, fds) = ask(&socket, &Request::Hello { version: VERSION }).map_err(error)?;
-        let ([records, whoami], Reply::Done) = (take(fds).map_err(error)?, reply) else {
+        let ([records, whoami, hook], Reply::Done) = (take(fds).map_err(error)?, reply) else {
             return Err(error(unexpected()));
         };
         let watched = socket.try_clone().map_err(error)?;
@@ -52,6 +53,7 @@ impl Remote {
             watched,
             records,
             whoami,
+            hook,
         })
     }
 
@@ -148,6 +150,13 @@ impl Control for Remote {
         self.done(&Request::FreeRecord(record))
     }
 
+    fn create_registers(&self, len: u32) -> io::Result<OwnedFd> {
+        match self.ask(&Request::CreateRegisters { len })? {
+            (Reply::Done, fds) => take(fds).map(|[map]| map),
+            _ => Err(unexpected()),
+        }
+    }
+
     fn records(&self) -> BorrowedFd<'_> {
         self.records.as_fd()
     }
@@ -156,12 +165,23 @@ impl Control for Remote {
         self.whoami.as_fd()
     }
 
+    fn hook(&self) -> BorrowedFd<'_> {
+        self.hook.as_fd()
+    }
+
     fn recursion_misses(&self) -> io::Result<u64> {
         Ok(self.number(&Request::RecursionMisses)?.0)
     }
 
     fn hangup(&self) -> Option<BorrowedFd<'_>> {
         Some(self.watched.as_fd())
+    }
+
+    fn set_attached(&self, attached: bool) -> Result<(), LoadError> {
+        if !attached {
+            return Err(LoadError::Io(io::ErrorKind::Unsupported.into()));
+        }
+        self.done(&Request::Attach).map_err(LoadError::attached)
     }
 
     fn await_end(&self) {

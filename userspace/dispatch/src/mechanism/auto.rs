@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::{Assignment, Ebpf, Forward, Ioeventfd, Ioregionfd, Mechanism, Placed};
 use crate::channel::Channel;
 use crate::error::RegionError;
+use crate::region::Region;
 use crate::vm::VmShared;
 
 /// The mechanism `auto`.
@@ -26,20 +27,35 @@ impl Auto {
     }
 }
 
+impl Auto {
+    fn has_hook(&self, vm: &VmShared) -> bool {
+        super::hooked::missing(vm.vm(), &self.channel).is_none()
+    }
+}
+
 impl Mechanism for Auto {
     fn name(&self) -> &'static str {
         Self::NAME
     }
 
     fn assign(&self, vm: &Arc<VmShared>, placed: &Arc<Placed>) -> Result<Assignment, RegionError> {
-        let doorbells = &placed.region.doorbells;
+        let Region {
+            doorbells,
+            answered,
+            ..
+        } = &placed.region;
         let value_is_known = doorbells
             .iter()
             .all(|doorbell| doorbell.datamatch.is_some() && doorbell.is_full_match());
         let native = super::ioregionfd::missing(vm.vm());
         let native = native.or_else(|| self.channel.unfit_for_kernel().map(str::to_owned));
         let (mechanism, reason): (Box<dyn Mechanism>, _) =
-            if !doorbells.is_empty() && vm.program().is_some() {
+            if vm.program().is_some() && !answered.is_empty() && self.has_hook(vm) {
+                (
+                    Box::new(Ebpf::new(&self.channel)),
+                    "the eBPF program is loaded and answers reads",
+                )
+            } else if vm.program().is_some() && !doorbells.is_empty() {
                 (
                     Box::new(Ebpf::new(&self.channel)),
                     "the eBPF program is loaded and carries values",
@@ -67,6 +83,7 @@ impl Mechanism for Auto {
             };
         let mut assignment = mechanism.assign(vm, placed)?;
         assignment.reason = match native {
+            _ if assignment.via.is_some() => format!("{reason}; {}", assignment.reason),
             Some(native) => format!("{reason}; not ioregionfd: {native}"),
             None => reason.to_owned(),
         };

@@ -1,5 +1,8 @@
-//! `ebpf`: the program stores a doorbell's value in a slot, an in-kernel sink swallows the
-//! write, and the device task is woken or sees it by polling. Everything else is forwarded.
+//! `ebpf`: the program stores a doorbell's value in a slot, and the device task is woken or sees
+//! it by polling. Everything else is forwarded.
+//!
+//! Here is the form that needs nothing of the kernel but its tracepoints, where an in-kernel sink
+//! swallows the write; the other one is in `hooked`.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -21,11 +24,33 @@ use crate::sys::kvm;
 use crate::vm::VmShared;
 use crate::waiter::Waiter;
 
+/// How the program of the mechanism [`Ebpf`] sees a region's accesses, and what becomes of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Via {
+    /// It is attached to KVM's tracepoints, which any kernel has: it sees the writes of all VMs,
+    /// and a [`Sink`](crate::Sink) has to swallow those to doorbells. The rest exits, and the vCPU
+    /// thread forwards it.
+    Tracepoints,
+    /// KVM shows the region's accesses to it and does what it says (`KVM_SET_IOREGION_PROG` of a
+    /// kernel with the ioregionfd series), so that other VMs pay nothing, no sink is needed, and
+    /// [`Answered`](crate::Answered) registers are read without the device. The rest is sent
+    /// to the device by KVM, as under [`Ioregionfd`](super::Ioregionfd), and so are doorbells
+    /// delivered as [`Delivery::Fifo`](crate::Delivery::Fifo): posted if the region is
+    /// [`posted_writes`](crate::Region::posted_writes) and has no doorbells of the other kind,
+    /// which would overtake them.
+    ///
+    /// [`Sink::Ioeventfd`](crate::Sink::Ioeventfd) has KVM signal an eventfd for each
+    /// doorbell, [`Sink::Coalesced`](crate::Sink::Coalesced) has the program wake the device
+    /// task where [`Wake`](crate::Wake) says so. Both match any mask.
+    Hook,
+}
+
 /// The mechanism `ebpf`. The VM must have been made with
 /// [`Vm::with_program`](crate::Vm::with_program).
 #[derive(Debug, Clone)]
 pub struct Ebpf {
     channel: Arc<Channel>,
+    via: Option<Via>,
 }
 
 impl Ebpf {
@@ -34,10 +59,39 @@ impl Ebpf {
 
     /// Reads, writes that wait, and doorbells delivered as
     /// [`Delivery::Fifo`](crate::Delivery::Fifo) go over `channel`.
+    ///
+    /// Uses [`Via::Hook`] where the kernel has it and KVM can use the channel, else
+    /// [`Via::Tracepoints`]; [`Assigned`](crate::Assigned) says which, and why.
     #[must_use]
     pub fn new(channel: &Arc<Channel>) -> Self {
         Self {
             channel: Arc::clone(channel),
+            via: None,
+        }
+    }
+
+    /// Uses this, or refuses the region where it is not available.
+    #[must_use]
+    pub fn via(mut self, via: Via) -> Self {
+        self.via = Some(via);
+        self
+    }
+
+    /// What is used, and why.
+    fn choose(&self, vm: &VmFd) -> (Via, String) {
+        let missing = || super::hooked::missing(vm, &self.channel);
+        match self.via {
+            Some(via) => (via, "it was asked for".into()),
+            None => match missing() {
+                None => (
+                    Via::Hook,
+                    "KVM itself shows the accesses to the program".into(),
+                ),
+                Some(missing) => (
+                    Via::Tracepoints,
+                    format!("the program is attached to tracepoints, since {missing}"),
+                ),
+            },
         }
     }
 }
@@ -49,14 +103,33 @@ impl Mechanism for Ebpf {
 
     fn assign(&self, vm: &Arc<VmShared>, placed: &Arc<Placed>) -> Result<Assignment, RegionError> {
         let region = &placed.region;
-        let fail = |kind| region.error(kind);
         let Some(program) = vm.program() else {
             let what = "a VM with a program (Vm::with_program)";
-            return Err(fail(Kind::Missing {
+            return Err(region.error(Kind::Missing {
                 mechanism: Self::NAME,
                 what,
             }));
         };
+        let (via, reason) = self.choose(vm.vm());
+        let mut assignment = match via {
+            Via::Hook => super::hooked::assign(vm, placed, program, &self.channel)?,
+            Via::Tracepoints => self.assign_traced(vm, placed, program)?,
+        };
+        assignment.via = Some(via);
+        assignment.reason = reason;
+        Ok(assignment)
+    }
+}
+
+impl Ebpf {
+    fn assign_traced(
+        &self,
+        vm: &Arc<VmShared>,
+        placed: &Arc<Placed>,
+        program: &Arc<VmProgram>,
+    ) -> Result<Assignment, RegionError> {
+        let region = &placed.region;
+        let fail = |kind| region.error(kind);
         check_sinks(region).map_err(fail)?;
         check_channel(&self.channel, region)?;
         let zones = zones(region);
@@ -180,6 +253,7 @@ impl Parts {
             return Ok(None);
         }
         let control = self.program.control();
+        control.set_attached(true).map_err(Kind::Tracepoints)?;
         let slots =
             u32::try_from(region.doorbells.len()).map_err(|_| Kind::TableFull("the port"))?;
         let PortFds {
@@ -265,7 +339,7 @@ impl Parts {
     }
 }
 
-fn bpf(what: &'static str, error: io::Error) -> Kind {
+pub(super) fn bpf(what: &'static str, error: io::Error) -> Kind {
     match error.raw_os_error() {
         Some(libc::E2BIG | libc::ENOSPC) => Kind::TableFull("a table of the eBPF program"),
         _ => Kind::Bpf { what, error },
@@ -274,12 +348,25 @@ fn bpf(what: &'static str, error: io::Error) -> Kind {
 
 /// The match table's entries for a region.
 pub(crate) fn entries(region: &Region, vm: u32, port: u32, drain_port: u32) -> Vec<TableEntry> {
+    table(region, vm, |slot, doorbell| {
+        Some(entry(doorbell, port, slot, drain_port))
+    })
+}
+
+/// The match table's entries for the doorbells that have one, by their number in the region.
+pub(super) fn table(
+    region: &Region,
+    vm: u32,
+    entry: impl Fn(u32, &Doorbell) -> Option<MatchEntry>,
+) -> Vec<TableEntry> {
     let mut entries = Vec::new();
     let mut selected = std::collections::HashSet::new();
     for (slot, doorbell) in (0..).zip(&region.doorbells) {
         let addr = region.base + doorbell.offset;
         let first = MatchKey::first(vm, region.bus, addr, doorbell.size.bytes());
-        let entry = entry(doorbell, port, slot, drain_port);
+        let Some(entry) = entry(slot, doorbell) else {
+            continue;
+        };
         match doorbell.datamatch {
             None => entries.push((first, entry)),
             Some(m) => {

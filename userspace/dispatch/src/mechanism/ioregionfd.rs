@@ -79,39 +79,7 @@ impl Mechanism for Ioregionfd {
                 reason,
             }));
         }
-        let files = self.channel.give_to_kernel();
-        let (files, first) =
-            files.map_err(|error| region.error(RegionErrorKind::BadDescriptor(error)))?;
-        let [read, write] = &files;
-        let mut request = request(region);
-        request.read_fd = read.as_raw_fd();
-        request.write_fd = write.as_raw_fd();
-        if region.posted_writes {
-            request.flags |= KVM_IOREGION_POSTED_WRITES;
-        }
-        if let Err(error) = kvm::set_ioregion(vm.vm(), &request) {
-            if first {
-                self.channel.take_back();
-            }
-            return Err(region.error(refusal(error)));
-        }
-        // Before anything else can fail: KVM has the region from here on.
-        let mut carrier = InKernel {
-            vm: Arc::clone(vm.vm()),
-            owners: vm.native().own(placed),
-            placed: Arc::clone(placed),
-            watched: None,
-        };
-        match vm.native().watch(files, placed.id, vm.events()) {
-            Ok(watched) => carrier.watched = Some(watched),
-            Err(error) => {
-                carrier.remove();
-                return Err(region.error(RegionErrorKind::Kvm {
-                    what: "watching the device's end",
-                    error,
-                }));
-            }
-        }
+        let carrier = InKernel::new(vm, placed, &self.channel, region.posted_writes)?;
         Ok(Assignment::new(Self::NAME, carrier))
     }
 }
@@ -148,7 +116,7 @@ type Owners = Arc<Mutex<HashMap<(Bus, u64), RegionId>>>;
 
 /// A region that KVM carries.
 #[derive(Debug)]
-struct InKernel {
+pub(super) struct InKernel {
     vm: Arc<VmFd>,
     placed: Arc<Placed>,
     owners: Owners,
@@ -156,6 +124,51 @@ struct InKernel {
 }
 
 impl InKernel {
+    /// Gives a region to KVM, with the VMM's end of its channel; or modifies it, where KVM has it
+    /// already.
+    pub(super) fn new(
+        vm: &VmShared,
+        placed: &Arc<Placed>,
+        channel: &Channel,
+        posted: bool,
+    ) -> Result<Self, RegionError> {
+        let region = &placed.region;
+        let files = channel.give_to_kernel();
+        let (files, first) =
+            files.map_err(|error| region.error(RegionErrorKind::BadDescriptor(error)))?;
+        let [read, write] = &files;
+        let mut request = request(region);
+        request.read_fd = read.as_raw_fd();
+        request.write_fd = write.as_raw_fd();
+        if posted {
+            request.flags |= KVM_IOREGION_POSTED_WRITES;
+        }
+        if let Err(error) = kvm::set_ioregion(vm.vm(), &request) {
+            if first {
+                channel.take_back();
+            }
+            return Err(region.error(refusal(error)));
+        }
+        // Before anything else can fail: KVM has the region from here on.
+        let mut carrier = Self {
+            vm: Arc::clone(vm.vm()),
+            owners: vm.native().own(placed),
+            placed: Arc::clone(placed),
+            watched: None,
+        };
+        match vm.native().watch(files, placed.id, vm.events()) {
+            Ok(watched) => carrier.watched = Some(watched),
+            Err(error) => {
+                carrier.remove();
+                return Err(region.error(RegionErrorKind::Kvm {
+                    what: "watching the device's end",
+                    error,
+                }));
+            }
+        }
+        Ok(carrier)
+    }
+
     /// Nobody wants to know about the device task any more.
     fn unwatch(&self) {
         if let Some(watched) = &self.watched {

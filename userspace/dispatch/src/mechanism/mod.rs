@@ -6,13 +6,14 @@
 //! | [`KvmRun`] | the device runs on the vCPU thread | same |
 //! | [`Forward`] | a command over a channel | a command and its response |
 //! | [`Ioeventfd`] | KVM signals an eventfd; the value is lost | as `forward` |
-//! | [`Ebpf`] | value in a slot, no exit | as `forward` |
+//! | [`Ebpf`] | value in a slot, no exit | as `forward`, or as `ioregionfd` where KVM has it |
 //! | [`Ioregionfd`] | a command that KVM sends, no exit | a command of KVM's and its response |
 //! | [`Auto`] | the best of these that the host offers | |
 
 mod auto;
 mod ebpf;
 mod forward;
+mod hooked;
 mod ioeventfd;
 mod ioregionfd;
 mod kvm_run;
@@ -26,10 +27,12 @@ use ioregion_abi::Size;
 use kvm_ioctls::VmFd;
 
 pub use auto::Auto;
-pub use ebpf::Ebpf;
 #[cfg(test)]
 pub(crate) use ebpf::entries as ebpf_entries_for_tests;
+pub use ebpf::{Ebpf, Via};
 pub use forward::Forward;
+#[cfg(test)]
+pub(crate) use hooked::entries as hooked_entries_for_tests;
 pub use ioeventfd::Ioeventfd;
 pub use ioregionfd::Ioregionfd;
 pub(crate) use ioregionfd::Native;
@@ -74,6 +77,8 @@ pub struct Assignment {
     pub(crate) sources: Vec<DoorbellSource>,
     /// The mechanism that carries the region's doorbells.
     pub(crate) mechanism: &'static str,
+    /// How the eBPF program sees the accesses, where one does.
+    pub(crate) via: Option<Via>,
     /// Why it was chosen, where there was a choice.
     pub(crate) reason: String,
 }
@@ -84,6 +89,7 @@ impl Assignment {
             carrier: Box::new(carrier),
             sources: Vec::new(),
             mechanism,
+            via: None,
             reason: String::new(),
         }
     }
@@ -165,7 +171,8 @@ pub(crate) trait Carrier: Send + Sync + fmt::Debug {
     /// The region has a new carrier, or none, after [`retire`](Self::retire) without `abandon`.
     fn replaced(&self) {}
 
-    /// Gives up the in-kernel parts (sinks, program entries) so that accesses exit from now on.
+    /// Gives up the in-kernel parts (sinks, program entries) so that accesses exit from now on,
+    /// or are sent as commands by KVM.
     /// Called before [`retire`](Self::retire), while the region still carries. Returns whether
     /// there were any.
     fn unsink(&self, _vm: &VmFd) -> bool {

@@ -16,6 +16,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::device::{Access, Device, Ring};
 use crate::region::Doorbell;
+use crate::registers::RegisterFile;
 use crate::source::DoorbellSource;
 use crate::wire::{Message, Try, Wire, WireError};
 
@@ -41,6 +42,7 @@ pub struct DeviceEnd {
     pub(crate) layout: Layout,
     pub(crate) sources: Vec<DoorbellSource>,
     pub(crate) regions: Vec<(u64, Vec<Doorbell>)>,
+    pub(crate) registers: Vec<(u64, RegisterFile)>,
 }
 
 impl DeviceEnd {
@@ -52,6 +54,7 @@ impl DeviceEnd {
             layout,
             sources: Vec::new(),
             regions: Vec::new(),
+            registers: Vec::new(),
         }
     }
 
@@ -68,6 +71,21 @@ impl DeviceEnd {
     pub fn region(mut self, user_data: u64, doorbells: Vec<Doorbell>) -> Self {
         self.regions.push((user_data, doorbells));
         self
+    }
+
+    /// Adds the register file of the region that `user_data` names.
+    #[must_use]
+    pub fn with_registers(mut self, user_data: u64, registers: RegisterFile) -> Self {
+        self.registers.push((user_data, registers));
+        self
+    }
+
+    /// The register file of the region that `user_data` names, for its device to store to.
+    #[must_use]
+    pub fn registers(&self, user_data: u64) -> Option<RegisterFile> {
+        let mut files = self.registers.iter();
+        let found = files.find(|(other, _)| *other == user_data);
+        found.map(|(_, file)| file.clone())
     }
 }
 

@@ -6,7 +6,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use ioregion_abi::Bus;
 use ioregion_abi::kvm::{
     KVM_CAP_IOREGIONFD, KVM_CHECK_EXTENSION, KVM_CREATE_IOREGIONFD, KVM_IOEVENTFD,
-    KVM_SET_IOREGION, KvmIoregion, KvmIoregionfd,
+    KVM_IOREGION_PIO, KVM_SET_IOREGION, KVM_SET_IOREGION_PROG, KvmIoregion, KvmIoregionProg,
+    KvmIoregionfd,
 };
 use kvm_bindings::{
     kvm_coalesced_mmio_zone, kvm_coalesced_mmio_zone__bindgen_ty_1 as ZoneBus, kvm_ioeventfd,
@@ -157,6 +158,74 @@ pub(crate) fn set_ioregion(vm: &VmFd, request: &KvmIoregion) -> io::Result<()> {
         libc::ioctl(
             vm.as_raw_fd(),
             KVM_SET_IOREGION,
+            std::ptr::from_ref(request),
+        )
+    })
+}
+
+/// Whether `KVM_SET_IOREGION_PROG`, of a kernel that has `KVM_SET_IOREGION`, can attach programs:
+/// it is there in any case, but does nothing where the kernel has no BPF.
+pub(crate) fn has_ioregion_prog(vm: &VmFd) -> io::Result<bool> {
+    let request = KvmIoregionProg {
+        flags: u32::MAX,
+        prog_fd: -1,
+        regs_fd: -1,
+        ..Default::default()
+    };
+    match set_prog(vm, &request) {
+        Ok(()) => Err(io::Error::other(
+            "KVM_SET_IOREGION_PROG accepts undefined flags",
+        )),
+        Err(error) => match error.raw_os_error() {
+            Some(libc::EINVAL) => Ok(true),
+            Some(libc::EOPNOTSUPP | libc::ENOTTY) => Ok(false),
+            _ => Err(error),
+        },
+    }
+}
+
+/// What KVM shows the accesses to a region to.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct IoregionProg<'a> {
+    pub program: BorrowedFd<'a>,
+    pub registers: Option<BorrowedFd<'a>>,
+    /// The eventfd with index 0, if there is one.
+    pub eventfd: Option<BorrowedFd<'a>>,
+}
+
+/// Attaches a program to a region, or (`None`) detaches what is attached. When this returns, no
+/// vCPU runs what was attached before.
+pub(crate) fn set_ioregion_prog(
+    vm: &VmFd,
+    bus: Bus,
+    addr: u64,
+    size: u64,
+    prog: Option<IoregionProg<'_>>,
+) -> io::Result<()> {
+    let raw = |fd: Option<BorrowedFd<'_>>| fd.map_or(-1, |fd| fd.as_raw_fd());
+    let eventfd = prog.and_then(|prog| prog.eventfd);
+    let eventfds = [raw(eventfd)];
+    let request = KvmIoregionProg {
+        guest_paddr: addr,
+        memory_size: size,
+        eventfds: eventfds.as_ptr() as u64,
+        flags: if bus == Bus::Pio { KVM_IOREGION_PIO } else { 0 },
+        prog_fd: raw(prog.map(|prog| prog.program)),
+        regs_fd: raw(prog.and_then(|prog| prog.registers)),
+        nr_eventfds: eventfd.is_some().into(),
+        ..Default::default()
+    };
+    // `eventfds` outlives the call, which reads at most its one element.
+    set_prog(vm, &request)
+}
+
+fn set_prog(vm: &VmFd, request: &KvmIoregionProg) -> io::Result<()> {
+    // SAFETY: The request number belongs to this struct, which KVM only reads; callers keep what
+    // it points to alive.
+    check(unsafe {
+        libc::ioctl(
+            vm.as_raw_fd(),
+            KVM_SET_IOREGION_PROG,
             std::ptr::from_ref(request),
         )
     })

@@ -1,0 +1,276 @@
+//! `ebpf` where KVM itself shows a region's accesses to the program (`KVM_SET_IOREGION_PROG`).
+//!
+//! KVM has the region, as under `ioregionfd`, and sends to the device what the program passes. So
+//! nothing can be lost on the way in or out: until the program is attached, and once it is
+//! detached, doorbells and reads travel as commands.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ioregion_abi::bpf::{MatchEntry, MatchKey, SlotBlock};
+use kvm_ioctls::VmFd;
+
+use super::ebpf::{Ebpf, bpf, table};
+use super::ioeventfd::eventfd;
+use super::ioregionfd::{self, InKernel};
+use super::{Assignment, Carried, Carrier, Placed};
+use crate::channel::Channel;
+use crate::device::BusAccess;
+use crate::ebpf::{TableEntry, VmProgram};
+use crate::error::{RegionError, RegionErrorKind as Kind};
+use crate::region::{Answered, Delivery, Region, Sink, Wake};
+use crate::registers::RegisterFile;
+use crate::source::{DoorbellSource, Port, PortParts, SlotDoorbell};
+use crate::sys::kvm;
+use crate::vm::VmShared;
+use crate::waiter::Waiter;
+
+/// Why KVM cannot show accesses to a program here; `None` if it can.
+fn missing_in_kernel(vm: &VmFd) -> Option<String> {
+    ioregionfd::missing(vm).or_else(|| match kvm::has_ioregion_prog(vm) {
+        Ok(true) => None,
+        Ok(false) => Some("this kernel's KVM was built without BPF (CONFIG_BPF_EVENTS)".into()),
+        Err(error) => Some(format!("KVM_SET_IOREGION_PROG cannot be probed: {error}")),
+    })
+}
+
+/// Why this form cannot be used for a region on this channel; `None` if it can.
+pub(super) fn missing(vm: &VmFd, channel: &Channel) -> Option<String> {
+    missing_in_kernel(vm).or_else(|| channel.unfit_for_kernel().map(str::to_owned))
+}
+
+/// Assigns a region in this form.
+pub(super) fn assign(
+    vm: &Arc<VmShared>,
+    placed: &Arc<Placed>,
+    program: &Arc<VmProgram>,
+    channel: &Channel,
+) -> Result<Assignment, RegionError> {
+    let region = &placed.region;
+    if let Some(reason) = missing_in_kernel(vm.vm()) {
+        return Err(region.error(Kind::Unavailable {
+            mechanism: Ebpf::NAME,
+            reason,
+        }));
+    }
+    let registers = registers(region).map_err(|kind| region.error(kind))?;
+    // What is captured would overtake a posted write that is still on its way.
+    let posted = region.posted_writes && !captures(region);
+    let kvm = InKernel::new(vm, placed, channel, posted)?;
+    let mut parts = Parts::new(program);
+    match parts.build(vm.vm(), region, registers) {
+        Ok(source) => {
+            let parts = Mutex::new(parts);
+            let carrier = Hooked {
+                kvm,
+                placed: Arc::clone(placed),
+                parts,
+            };
+            let mut assignment = Assignment::new(Ebpf::NAME, carrier);
+            assignment.sources.extend(source);
+            Ok(assignment)
+        }
+        Err(kind) => {
+            parts.take_down(vm.vm(), region);
+            kvm.retire(true);
+            Err(region.error(kind))
+        }
+    }
+}
+
+/// The map that KVM answers reads from, if any are to be answered.
+fn registers(region: &Region) -> Result<Option<BorrowedFd<'_>>, Kind> {
+    if region.answered.is_empty() {
+        return Ok(None);
+    }
+    let file = region.registers.as_ref();
+    match file.and_then(RegisterFile::map) {
+        Some(map) => Ok(Some(map)),
+        None => Err(Kind::RegisterFileKind),
+    }
+}
+
+/// Whether the program keeps any of the region's writes from the wire.
+fn captures(region: &Region) -> bool {
+    let mut doorbells = region.doorbells.iter();
+    doorbells.any(|doorbell| doorbell.delivery == Delivery::Latest)
+}
+
+/// The match table's entries for a region.
+pub(crate) fn entries(region: &Region, vm: u32, port: u32) -> Vec<TableEntry> {
+    let doorbells = table(region, vm, |slot, doorbell| {
+        if doorbell.delivery != Delivery::Latest {
+            // The wire is the queue.
+            return None;
+        }
+        let (block, slot) = SlotBlock::place(slot);
+        let wake = match (doorbell.sink, doorbell.wake) {
+            (Sink::Ioeventfd, _) => MatchEntry::SIGNAL,
+            (Sink::Coalesced, Wake::Never) => 0,
+            (Sink::Coalesced, Wake::WhenArmed) => MatchEntry::WAKE_ARMED,
+            (Sink::Coalesced, Wake::Always) => MatchEntry::WAKE_ALWAYS,
+        };
+        Some(MatchEntry {
+            port,
+            block,
+            slot,
+            flags: MatchEntry::STORE | wake,
+            ..Default::default()
+        })
+    });
+    let doorbells = doorbells
+        .into_iter()
+        .map(|(key, entry)| (key.hooked(true), entry));
+    let answered = region.answered.iter().map(|answered| {
+        let Answered {
+            offset,
+            size,
+            index,
+        } = *answered;
+        let key = MatchKey::first(vm, region.bus, region.base + offset, size.bytes());
+        let entry = MatchEntry {
+            slot: index,
+            flags: MatchEntry::ANSWER,
+            ..Default::default()
+        };
+        (key.hooked(false), entry)
+    });
+    doorbells.chain(answered).collect()
+}
+
+/// What stands in the kernel for one region, besides the region.
+#[derive(Debug)]
+struct Parts {
+    program: Arc<VmProgram>,
+    port: Option<u32>,
+    keys: Vec<MatchKey>,
+    attached: bool,
+}
+
+impl Parts {
+    fn new(program: &Arc<VmProgram>) -> Self {
+        Self {
+            program: Arc::clone(program),
+            port: None,
+            keys: Vec::new(),
+            attached: false,
+        }
+    }
+
+    /// Puts everything in place, the program last: what it captures must have a reader.
+    fn build(
+        &mut self,
+        vm: &VmFd,
+        region: &Region,
+        registers: Option<BorrowedFd<'_>>,
+    ) -> Result<Option<DoorbellSource>, Kind> {
+        if registers.is_none() && !captures(region) {
+            // The program would have nothing to do.
+            return Ok(None);
+        }
+        let source = self.make_port(region)?;
+        let entries = entries(region, self.program.vm(), self.port.unwrap_or_default());
+        let control = self.program.control();
+        control
+            .insert(&entries)
+            .map_err(|error| bpf("filling the match table", error))?;
+        self.keys = entries.iter().map(|(key, _)| *key).collect();
+        let eventfd = source.as_ref().and_then(|port| port.parts.eventfd.as_ref());
+        let prog = kvm::IoregionProg {
+            program: control.hook(),
+            registers,
+            eventfd: eventfd.map(AsFd::as_fd),
+        };
+        set_prog(vm, region, Some(prog)).map_err(|error| Kind::Kvm {
+            what: "KVM_SET_IOREGION_PROG",
+            error,
+        })?;
+        self.attached = true;
+        Ok(source.map(DoorbellSource::Port))
+    }
+
+    /// Makes the place where the captured doorbells arrive, if there are any.
+    fn make_port(&mut self, region: &Region) -> Result<Option<Port>, Kind> {
+        if !captures(region) {
+            return Ok(None);
+        }
+        let count =
+            u32::try_from(region.doorbells.len()).map_err(|_| Kind::TableFull("the port"))?;
+        let fds = self.program.control().create_port(count);
+        let fds = fds.map_err(|error| bpf("creating a port", error))?;
+        self.port = Some(fds.port);
+        let doorbells = (0..).zip(&region.doorbells);
+        let is_signalled = region.doorbells.iter().any(|doorbell| {
+            doorbell.delivery == Delivery::Latest && doorbell.sink == Sink::Ioeventfd
+        });
+        let eventfd = is_signalled.then(eventfd).transpose();
+        let port = Port::new(PortParts {
+            user_data: region.user_data,
+            doorbells: doorbells
+                .map(|(index, doorbell)| SlotDoorbell {
+                    index,
+                    offset: doorbell.offset,
+                    size: doorbell.size,
+                })
+                .collect(),
+            slots: fds.slots,
+            controls: fds.controls,
+            eventfd: eventfd.map_err(Kind::BadDescriptor)?,
+            ringbuf: Some(fds.ringbuf),
+        });
+        port.map(Some).map_err(Kind::BadDescriptor)
+    }
+
+    /// Takes everything away, the program first: KVM sends what comes after that over the wire,
+    /// and what came before is in its slot and signalled.
+    fn take_down(&mut self, vm: &VmFd, region: &Region) -> bool {
+        let any = std::mem::take(&mut self.attached);
+        if any && let Err(error) = set_prog(vm, region, None) {
+            tracing::error!(base = region.base, %error, "cannot detach a region's program");
+        }
+        let keys = std::mem::take(&mut self.keys);
+        let port = self.port.take();
+        if keys.is_empty() && port.is_none() {
+            return any;
+        }
+        if let Err(error) = self.program.control().retire(&keys, port) {
+            tracing::warn!(%error, "cannot take a region out of the program");
+        }
+        any
+    }
+}
+
+fn set_prog(vm: &VmFd, region: &Region, prog: Option<kvm::IoregionProg<'_>>) -> io::Result<()> {
+    kvm::set_ioregion_prog(vm, region.bus, region.base, region.size, prog)
+}
+
+#[derive(Debug)]
+struct Hooked {
+    kvm: InKernel,
+    placed: Arc<Placed>,
+    parts: Mutex<Parts>,
+}
+
+impl Carrier for Hooked {
+    fn carry(&self, access: &BusAccess, waiter: &mut Waiter) -> io::Result<Carried> {
+        self.kvm.carry(access, waiter)
+    }
+
+    fn replay(&self, access: &BusAccess) -> bool {
+        self.kvm.replay(access)
+    }
+
+    fn retire(&self, abandon: bool) {
+        self.kvm.retire(abandon);
+    }
+
+    fn replaced(&self) {
+        self.kvm.replaced();
+    }
+
+    fn unsink(&self, vm: &VmFd) -> bool {
+        let mut parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+        parts.take_down(vm, &self.placed.region)
+    }
+}
