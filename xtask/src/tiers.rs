@@ -155,7 +155,6 @@ const TIERS: &[Tier] = &[
     Tier {
         name: "vm-stock",
         what: "the conformance suite in a VM, on Debian's packaged kernel; what fails is noticed",
-        full: true,
         counts: true,
         ebpf: true,
         needs: |host| vm_with(host, KernelChoice::Stock),
@@ -168,7 +167,6 @@ const TIERS: &[Tier] = &[
     Tier {
         name: "vm-patched",
         what: "the conformance suite and the kernel's own tests in a VM, on the patched kernel",
-        full: true,
         counts: true,
         ebpf: true,
         needs: |host| vm_with(host, KernelChoice::Patched),
@@ -190,24 +188,6 @@ const TIERS: &[Tier] = &[
                 // Made-up ioctls for minutes.
                 Cmd::line(debug).args(["--full", "--test", "kernel-selftests"]),
             ])
-        },
-        ..ROW
-    },
-    Tier {
-        name: "vm-soak",
-        what: "the same in VMs without checkers, at the full lengths",
-        full: true,
-        counts: true,
-        ebpf: true,
-        needs: |host| {
-            vm_with(host, KernelChoice::Stock)?;
-            vm_with(host, KernelChoice::Patched)
-        },
-        commands: |_| {
-            let full = "cargo xtask vm --full --timeout 14400 --job-timeout 3600 --kernel";
-            Ok(["stock", "patched"]
-                .map(|kernel| Cmd::line(full).arg(kernel))
-                .into())
         },
         ..ROW
     },
