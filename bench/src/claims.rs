@@ -1,18 +1,22 @@
 //! The claims: which figure of a run is held against which bar.
 //!
-//! [`CLAIMS`] and [`NATIVE_CLAIMS`] are the only places that know them; everything is evaluated from
-//! the scenarios of one results file.
+//! [`CLAIMS`], [`NATIVE_CLAIMS`] and [`VM_CLAIMS`] are the only places that know them; everything is
+//! evaluated from the scenarios of one results file.
 
+mod figures;
+mod native;
 mod table;
 
 use std::cmp::Ordering;
 use std::collections::HashSet;
 use std::fmt;
 
-use crate::results::{Claim, Mechanism, Ratio, Results, Scenario};
+use crate::results::{Boot, Claim, Mechanism, PARALLEL_SUFFIX, Ratio, Results, Scenario};
 use crate::stats;
 
-pub use table::{CLAIMS, NATIVE_CLAIMS};
+pub use figures::{TRANSPORT_CELLS, transport_cell};
+pub use native::{NATIVE_CLAIMS, VM_CLAIMS};
+pub use table::CLAIMS;
 
 /// A row of the claims table before it is measured.
 #[derive(Debug)]
@@ -74,6 +78,10 @@ pub enum How {
     /// The same, with CPU time and notification latency of both printed beside it, so that polling
     /// hides nothing.
     RatioWithCost(&'static str, &'static str),
+    /// The same, with context switches and wake-ups of both printed beside it.
+    RatioWithSwitches(&'static str, &'static str),
+    /// Needs two CPUs that run at the same time: in a VM, from the boot that has them.
+    Parallel(&'static str, &'static str),
     /// What `with` costs more than `without`, as a share of `without`, like a ratio.
     Added {
         /// The dearer scenario.
@@ -91,7 +99,10 @@ impl How {
     /// The two scenarios that are compared, where there are just two.
     pub fn scenarios(&self) -> Option<[&'static str; 2]> {
         match *self {
-            Self::Ratio(of, over) | Self::RatioWithCost(of, over) => Some([of, over]),
+            Self::Ratio(of, over)
+            | Self::RatioWithCost(of, over)
+            | Self::RatioWithSwitches(of, over)
+            | Self::Parallel(of, over) => Some([of, over]),
             Self::Added { with, without } => Some([with, without]),
             Self::Figure(_) | Self::AllOf(_) => None,
         }
@@ -115,7 +126,7 @@ pub struct Figure {
 /// Those of the scenarios that claims compare with others of them, so that they are measured in turn
 /// with references.
 pub fn compared<'a>(scenarios: &HashSet<&'a str>) -> HashSet<&'a str> {
-    let all = CLAIMS.iter().chain(NATIVE_CLAIMS);
+    let all = CLAIMS.iter().chain(NATIVE_CLAIMS).chain(VM_CLAIMS);
     let pairs = all.filter_map(|def| def.how.scenarios());
     let measured = pairs.filter_map(|[a, b]| Some([*scenarios.get(a)?, *scenarios.get(b)?]));
     measured.flatten().collect()
@@ -127,35 +138,69 @@ pub fn complete(results: &mut Results) {
     results.claims = evaluate(results);
 }
 
-/// The claims that these runs can decide.
+fn has_ioregionfd(run: &Results) -> bool {
+    let mut found = run.mechanisms.iter();
+    found.any(|mechanism| mechanism.name == "ioregionfd" && mechanism.available)
+}
+
+/// The claims that these runs can decide. Of a VM also those that its kernel cannot: there they are
+/// what it is for.
 pub fn applicable(runs: &[Results]) -> impl Iterator<Item = &'static ClaimDef> {
-    let has_ioregionfd = |run: &Results| {
-        let mut found = run.mechanisms.iter();
-        found.any(|mechanism| mechanism.name == "ioregionfd" && mechanism.available)
-    };
-    let native = runs.iter().any(has_ioregionfd);
+    let vm = runs.iter().any(|run| run.provenance.vm.is_some());
+    let native = vm || runs.iter().any(has_ioregionfd);
     let native = NATIVE_CLAIMS.iter().filter(move |_| native);
-    CLAIMS.iter().chain(native)
+    let of_vm = VM_CLAIMS.iter().filter(move |_| vm);
+    CLAIMS.iter().chain(native).chain(of_vm)
 }
 
 /// Evaluates the claims over the scenarios of one run.
 pub fn evaluate(results: &Results) -> Vec<Claim> {
     let mut claims: Vec<Claim> = Vec::new();
+    let lacks_native = !has_ioregionfd(results);
     for def in applicable(std::slice::from_ref(results)) {
-        let outcome = match def.how {
-            How::Ratio(of, over) => ratio(results, of, over),
-            How::RatioWithCost(of, over) => ratio_with_cost(results, of, over),
-            How::Added { with, without } => added(results, with, without),
-            How::Figure(figure) => figure(results),
-            How::AllOf(parts) => {
-                let claim = all_of(def, &claims, parts);
-                claims.push(claim);
-                continue;
-            }
+        let native = NATIVE_CLAIMS.iter().any(|native| native.id == def.id);
+        let mut claim = if native && lacks_native {
+            let note = "not applicable: needs a kernel with the ioregionfd series";
+            let mut claim = claim(def, Err(note.into()));
+            claim.not_applicable = true;
+            claim
+        } else {
+            one(def, results, &claims)
         };
-        claims.push(claim(def, outcome));
+        claim.boot = boot(def, results);
+        claims.push(claim);
     }
     claims
+}
+
+fn one(def: &ClaimDef, results: &Results, earlier: &[Claim]) -> Claim {
+    let outcome = match def.how {
+        How::Ratio(of, over) => ratio(results, of, over),
+        How::RatioWithCost(of, over) => figures::ratio_with_cost(results, of, over),
+        How::RatioWithSwitches(of, over) => figures::ratio_with_switches(results, of, over),
+        How::Parallel(of, over) => match results.provenance.vm {
+            Some(_) => {
+                let [of, over] = [of, over].map(|name| format!("{name}{PARALLEL_SUFFIX}"));
+                ratio(results, &of, &over)
+            }
+            None => ratio(results, of, over),
+        },
+        How::Added { with, without } => added(results, with, without),
+        How::Figure(figure) => figure(results),
+        How::AllOf(parts) => return all_of(def, earlier, parts),
+    };
+    claim(def, outcome)
+}
+
+/// The boot of a VM that a claim's figure comes from.
+fn boot(def: &ClaimDef, results: &Results) -> Option<Boot> {
+    results.provenance.vm.as_ref()?;
+    match def.how {
+        How::Parallel(..) => Some(Boot::Parallel),
+        // From a boot of its own.
+        _ if VM_CLAIMS.iter().any(|of_vm| of_vm.id == def.id) => None,
+        _ => Some(Boot::Counted),
+    }
 }
 
 fn claim(def: &ClaimDef, outcome: Outcome) -> Claim {
@@ -183,6 +228,8 @@ fn claim(def: &ClaimDef, outcome: Outcome) -> Claim {
         ci95,
         bar,
         holds,
+        not_applicable: false,
+        boot: None,
         note,
     }
 }
@@ -209,6 +256,8 @@ fn all_of(def: &ClaimDef, earlier: &[Claim], ids: &[&str]) -> Claim {
         ci95: largest.and_then(|c| c.ci95),
         bar: def.bar.value(),
         holds,
+        not_applicable: false,
+        boot: None,
         note: format!("the largest of {}", ids.join(", ")),
     }
 }
@@ -233,33 +282,35 @@ fn usable<'a>(results: &'a Results, name: &str) -> Result<&'a Scenario, String> 
 fn paired(results: &Results, of: &str, over: &str) -> Result<Vec<f64>, String> {
     let (of, over) = (usable(results, of)?, usable(results, over)?);
     let ratios = if of.round_references.is_empty() || over.round_references.is_empty() {
-        stats::paired_ratios(&of.round_means_ns, &over.round_means_ns)
+        let rounds = of.round_means_ns.len().min(over.round_means_ns.len());
+        // Counted rounds are alike, so that not every row is measured in each of them.
+        let counted = of.is_counted() && over.is_counted();
+        let rounds_of = |s: &Scenario| match counted {
+            true => s.round_means_ns[..rounds].to_vec(),
+            false => s.round_means_ns.clone(),
+        };
+        stats::paired_ratios(&rounds_of(of), &rounds_of(over))
     } else {
         stats::paired_ratios(&of.round_references, &over.round_references)
     };
     ratios.map_err(|e| format!("not paired: {} / {}: {e}", of.name, over.name))
 }
 
-fn ratio(results: &Results, of: &str, over: &str) -> Outcome {
-    let estimate = stats::estimate(&paired(results, of, over)?, results.provenance.seed)
+/// The median of ratios with its interval, and the scale that it is judged by.
+fn estimate(
+    results: &Results,
+    [of, over]: [&str; 2],
+    ratios: &[f64],
+    scale: impl FnOnce(f64) -> f64,
+) -> Outcome {
+    let estimate = stats::estimate(ratios, results.provenance.seed)
         .ok_or_else(|| "not measured: no rounds".to_owned())?;
-    figure(estimate, estimate.median)
-}
-
-/// `(with - without) / without` is `with / without - 1`; its interval is judged
-/// against the whole access, not against the small share that it is.
-fn added(results: &Results, with: &str, without: &str) -> Outcome {
-    let shares: Vec<f64> = paired(results, with, without)?
-        .iter()
-        .map(|r| r - 1.0)
-        .collect();
-    let estimate = stats::estimate(&shares, results.provenance.seed)
-        .ok_or_else(|| "not measured: no rounds".to_owned())?;
-    figure(estimate, 1.0)
-}
-
-fn figure(estimate: stats::Estimate, scale: f64) -> Outcome {
-    match estimate.noise(scale) {
+    let counted = usable(results, of)?.is_counted() && usable(results, over)?.is_counted();
+    let noise = match counted {
+        true => estimate.width_noise(scale(estimate.median)),
+        false => estimate.noise(scale(estimate.median)),
+    };
+    match noise {
         Some(noise) => Err(noise.to_string()),
         None => Ok(Figure {
             value: estimate.median,
@@ -269,64 +320,17 @@ fn figure(estimate: stats::Estimate, scale: f64) -> Outcome {
     }
 }
 
-fn ratio_with_cost(results: &Results, of: &str, over: &str) -> Outcome {
-    let mut figure = ratio(results, of, over)?;
-    let cost = |name| {
-        let scenario = usable(results, name)?;
-        let notify = scenario
-            .notify_ns
-            .map_or("not measured".into(), |n| format!("{} ns", n.p50));
-        let cpu = scenario.cpu_ns_per_access.total();
-        Ok::<_, String>(format!(
-            "{name}: CPU {cpu:.0} ns per access, notification p50 {notify}"
-        ))
-    };
-    figure.note = format!("{}; {}", cost(of)?, cost(over)?);
-    Ok(figure)
+fn ratio(results: &Results, of: &str, over: &str) -> Outcome {
+    let ratios = paired(results, of, over)?;
+    estimate(results, [of, over], &ratios, |median| median)
 }
 
-fn vs_best_forward(results: &Results, of: &str, operation: &str) -> Outcome {
-    let forwarded = results.scenarios.iter().filter(|s| {
-        s.name.starts_with("forward-") && s.name.ends_with(operation) && s.wrong() == 0
-    });
-    let best = forwarded.min_by_key(|s| s.vcpu_ns.p50);
-    let best = best.ok_or_else(|| format!("not measured: forward-*{operation}"))?;
-    let mut figure = ratio(results, of, &best.name)?;
-    figure.note = format!("best transport: {}", best.name);
-    Ok(figure)
-}
-
-fn most_exits(results: &Results, sink: &str) -> Outcome {
-    let doorbells = results.scenarios.iter().filter(|s| {
-        s.mechanism == "ebpf" && s.sink.as_deref() == Some(sink) && s.operation == "posted"
-    });
-    let most = doorbells.max_by(|a, b| a.exits_per_access.total_cmp(&b.exits_per_access));
-    let most = most.ok_or_else(|| format!("not measured: ebpf with {sink} sink"))?;
-    Ok(Figure {
-        value: most.exits_per_access,
-        ci95: None,
-        note: format!("most: {}", most.name),
-    })
-}
-
-fn wrong_accesses(results: &Results) -> Outcome {
-    if results.scenarios.is_empty() {
-        return Err("not measured: no scenarios".into());
-    }
-    let wrong: Vec<&Scenario> = results.scenarios.iter().filter(|s| s.wrong() > 0).collect();
-    let names: Vec<&str> = wrong.iter().map(|s| s.name.as_str()).collect();
-    let note = match names.len() {
-        0 => format!("{} scenarios", results.scenarios.len()),
-        _ => format!("in {}", names.join(", ")),
-    };
-    let value = wrong
-        .iter()
-        .fold(0u64, |sum, s| sum.saturating_add(s.wrong())) as f64;
-    Ok(Figure {
-        value,
-        ci95: None,
-        note,
-    })
+/// `(with - without) / without` is `with / without - 1`; its interval is judged
+/// against the whole access, not against the small share that it is.
+fn added(results: &Results, with: &str, without: &str) -> Outcome {
+    let ratios = paired(results, with, without)?;
+    let shares: Vec<f64> = ratios.iter().map(|r| r - 1.0).collect();
+    estimate(results, [with, without], &shares, |_| 1.0)
 }
 
 /// The ratio of every scenario to its natural baseline in the same run.

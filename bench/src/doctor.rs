@@ -15,6 +15,8 @@ use kvm_ioctls::{Cap, Kvm};
 use nix::sys::resource::{Resource, getrlimit};
 
 use self::bpf::Attach;
+use crate::run::post_write;
+use crate::scenarios::EBPF_HOOK;
 
 /// Why something is missing, and what would enable it.
 #[derive(Debug, Clone)]
@@ -54,6 +56,8 @@ pub fn mechanisms() -> Vec<Mechanism> {
         ),
         ("ebpf", kvm.and_then(|()| program().map(drop))),
         ("ioregionfd", ioregionfd().map(drop)),
+        (EBPF_HOOK, hook().map(drop)),
+        ("ioeventfd-post-write", post_write().map(drop)),
     ];
     rows.into_iter()
         .map(|(name, here)| Mechanism {
@@ -79,6 +83,8 @@ pub fn table() -> Table {
         ("coalesced PIO", capability(Cap::CoalescedPio)),
         ("ioeventfd, explicit length", ioeventfd()),
         ("KVM_SET_IOREGION (ioregionfd)", ioregionfd()),
+        ("KVM_SET_IOREGION_PROG (ebpf without tracepoints)", hook()),
+        ("ioeventfd POST_WRITE", post_write()),
         ("guest clock offset", clock_offset()),
         ("kernel lockdown", lockdown(&host)),
         ("unprivileged BPF", unprivileged_bpf()),
@@ -178,6 +184,28 @@ fn ioregionfd() -> Finding {
         Ok(true) => Ok(String::new()),
         Ok(false) => Err(Missing::new("this kernel has no KVM_SET_IOREGION", enable)),
         Err(error) => Err(Missing::new(error, enable)),
+    }
+}
+
+fn hook() -> Finding {
+    let enable = "a kernel with the ioregionfd patch series and BPF";
+    match probe::ebpf_hook(guest()?.vm()) {
+        Ok(true) => Ok(String::new()),
+        Ok(false) => Err(Missing::new(
+            "this kernel has no KVM_SET_IOREGION_PROG",
+            enable,
+        )),
+        Err(error) => Err(Missing::new(error, enable)),
+    }
+}
+
+fn post_write() -> Finding {
+    match post_write::is_supported(guest()?.vm()) {
+        true => Ok(String::new()),
+        false => Err(Missing::new(
+            "this kernel has no ioeventfd POST_WRITE",
+            "a kernel with the optional last patch of the ioregionfd series",
+        )),
     }
 }
 

@@ -59,8 +59,17 @@ impl End for UnixStream {
     }
 }
 
-/// Round trips between a thread on `here` and one on `there`, for about `time`.
-pub fn ping_pong(carrier: Carrier, here: usize, there: usize, time: Duration) -> Result<Run> {
+/// When there are enough round trips.
+#[derive(Debug, Clone, Copy)]
+pub enum Enough {
+    /// After this time.
+    Time(Duration),
+    /// After so many.
+    Trips(u64),
+}
+
+/// Round trips between a thread on `here` and one on `there`.
+pub fn ping_pong(carrier: Carrier, here: usize, there: usize, enough: Enough) -> Result<Run> {
     match carrier {
         Carrier::EventfdPingPong => {
             let eventfd = || EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC);
@@ -83,12 +92,12 @@ pub fn ping_pong(carrier: Carrier, here: usize, there: usize, time: Duration) ->
                 other,
                 here,
                 there,
-                time,
+                enough,
             )
         }
         Carrier::SocketpairPingPong => {
             let (a, b) = UnixStream::pair()?;
-            play(a, b, here, there, time)
+            play(a, b, here, there, enough)
         }
         other => bail!("{other:?} is no ping-pong"),
     }
@@ -99,7 +108,7 @@ fn play(
     mut b: impl End,
     here: usize,
     there: usize,
-    time: Duration,
+    enough: Enough,
 ) -> Result<Run> {
     std::thread::scope(|scope| {
         let echo = scope.spawn(move || -> Result<Cost> {
@@ -115,7 +124,10 @@ fn play(
             let mut run = Run::default();
             let before = Cost::of(gettid())?;
             let began = Instant::now();
-            while run.wall < time {
+            while match enough {
+                Enough::Time(time) => run.wall < time,
+                Enough::Trips(trips) => run.accesses < trips,
+            } {
                 let number = run.accesses + 1;
                 let sent = Instant::now();
                 a.send(number)?;

@@ -154,6 +154,7 @@ impl Provenance {
             mode,
             seed,
             rounds,
+            vm: None,
         }
     }
 
@@ -168,8 +169,12 @@ impl Provenance {
             Some(false) => "",
             None => " (cleanness unknown)",
         };
+        let vm = match &self.vm {
+            Some(vm) => format!(", {}", vm.line()),
+            None => String::new(),
+        };
         format!(
-            "{}, revision {revision}{dirty}, {} build, `{}` run of {} rounds, seed {}",
+            "{}, revision {revision}{dirty}, {} build, `{}` run of {} rounds, seed {}{vm}",
             self.date,
             self.profile,
             self.mode.name(),

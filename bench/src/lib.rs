@@ -4,7 +4,9 @@
 //! afterwards (tables, claims, plots) is computed from such files alone, so a
 //! file from another machine reports exactly as it would there.
 
+pub mod assemble;
 pub mod claims;
+pub mod compare;
 pub mod host;
 pub mod plot;
 pub mod report;

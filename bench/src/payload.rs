@@ -9,10 +9,13 @@ use crate::scenarios::{Operation, Queues, Row};
 pub const REGION_BYTES: u64 = 1 << 20;
 /// Bytes from one doorbell to the next: neighbours, so that one coalesced zone covers them all.
 pub const STRIDE: u32 = 4;
+/// Size of each region where there are several of them in a row, in bytes: a thousand in a page, so
+/// that only the number of regions differs.
+pub const SMALL_REGION_BYTES: u32 = 4;
 /// Offset of the register that takes writes that wait.
 const REGISTER: u64 = 0x8_0000;
 /// Offset of the register that is read.
-const STATUS: u64 = 0x8_0004;
+pub const STATUS: u64 = 0x8_0004;
 /// First port of the port region.
 pub const PORT: u16 = 0x500;
 /// Ports in the port region.
@@ -58,8 +61,9 @@ pub fn program(row: &Row, measure: Measure, vcpu: u32, first: u32, n: u32) -> Pr
             _ if row.carrier == RamStore => {
                 p.ram_store_counter(CELL_SCRATCH, value as u32, 1);
             }
-            Operation::Posted if row.in_turn => {
-                p.write_counter_strided(Bus::Mmio, base, 4, value, row.doorbells, STRIDE);
+            Operation::Posted | Operation::Write if row.in_turn => {
+                let stride = row.regions.map_or(STRIDE, |_| SMALL_REGION_BYTES);
+                p.write_counter_strided(Bus::Mmio, base, 4, value, row.cycle(), stride);
             }
             Operation::Posted | Operation::RoundTrip => {
                 p.write_counter(Bus::Mmio, base, 4, value, 1);

@@ -3,18 +3,14 @@
 //! Everything is evaluated anew from the scenarios; ratios and claims that a
 //! file carries are not trusted.
 
-use std::fs;
-use std::io;
-use std::path::{Path, PathBuf};
-
-use thiserror::Error;
+mod native;
+mod readme;
 
 use crate::claims;
-use crate::results::{Claim, Latency, Results, Scenario};
+use crate::results::{Boot, Claim, Latency, Results, Scenario};
 use crate::table::{Table, escape};
 
-const BEGIN: &str = "<!-- results:begin -->";
-const END: &str = "<!-- results:end -->";
+pub use readme::{ReadmeError, update_readme};
 
 /// Rows of a Markdown table that is shown unfolded.
 const FOLDED: usize = 20;
@@ -41,6 +37,9 @@ pub fn render(runs: &[Results], format: Format) -> String {
         ratio_table(runs),
         mechanism_table(runs),
     ];
+    let native = native::tables(runs);
+    let [claims, rest @ ..] = &tables;
+    let tables = std::iter::once(claims).chain(&native).chain(rest);
     let sources = runs.iter().enumerate().map(|(index, run)| {
         let line = format!("{}: {}", run.provenance.line(), run.host.line());
         match format {
@@ -52,22 +51,21 @@ pub fn render(runs: &[Results], format: Format) -> String {
             Format::Markdown => format!("{}{}\n\n", escape(&label(runs, index)), escape(&line)),
         }
     });
-    let tables = tables
-        .iter()
-        .filter(|t| !t.is_empty())
-        .map(|table| match format {
-            Format::Text => format!("\n{}", table.text()),
-            // Long ones are folded.
-            Format::Markdown if table.rows() > FOLDED => {
-                let title = escape(table.title());
-                let table = table.markdown();
-                format!("<details><summary>{title}</summary>\n\n{table}\n</details>\n\n")
-            }
-            Format::Markdown => format!("{}\n", table.markdown()),
-        });
-    let notes = match format {
-        Format::Text => notes(runs),
-        Format::Markdown => String::new(),
+    let tables = tables.filter(|t| !t.is_empty()).map(|table| match format {
+        Format::Text => format!("\n{}", table.text()),
+        // Long ones are folded.
+        Format::Markdown if table.rows() > FOLDED => {
+            let title = escape(table.title());
+            let table = table.markdown();
+            format!("<details><summary>{title}</summary>\n\n{table}\n</details>\n\n")
+        }
+        Format::Markdown => format!("{}\n", table.markdown()),
+    });
+    let notes = match (format, runs) {
+        (Format::Text, _) => notes(runs),
+        // They stand in the table.
+        (Format::Markdown, [_]) => String::new(),
+        (Format::Markdown, _) => folded_notes(runs),
     };
     sources.chain(tables).chain([notes]).collect()
 }
@@ -87,6 +85,18 @@ fn notes(runs: &[Results]) -> String {
     lines
 }
 
+/// The same, in Markdown and out of the way.
+fn folded_notes(runs: &[Results]) -> String {
+    let notes = notes(runs);
+    let lines = notes.lines().filter_map(|line| line.strip_prefix("  "));
+    let lines: Vec<String> = lines.map(|line| format!("- {}\n", escape(line))).collect();
+    if lines.is_empty() {
+        return String::new();
+    }
+    let lines = lines.concat();
+    format!("<details><summary>Notes on the claims</summary>\n\n{lines}\n</details>\n")
+}
+
 /// `[1] ` before the columns of the first of several files; nothing for a single one.
 fn label(runs: &[Results], index: usize) -> String {
     if runs.len() == 1 {
@@ -96,38 +106,52 @@ fn label(runs: &[Results], index: usize) -> String {
     }
 }
 
-/// Columns of the scenario table that a terminal has no room for: the name says some of it.
-const WIDE: [usize; 6] = [1, 3, 4, 8, 11, 17];
+/// Where a column of the scenario table is shown.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Shown {
+    Always,
+    /// Not on a terminal, which has no room for it: the name says some of it.
+    Wide,
+    /// Only in runs in a VM.
+    Vm,
+}
+
+const COLUMNS: [(&str, Shown); 22] = [
+    ("scenario", Shown::Always),
+    ("mechanism", Shown::Wide),
+    ("boot", Shown::Vm),
+    ("sink/transport/wait", Shown::Always),
+    ("operation", Shown::Wide),
+    ("device", Shown::Wide),
+    (">vCPUs", Shown::Always),
+    (">doorbells", Shown::Always),
+    (">p50", Shown::Always),
+    (">p90", Shown::Wide),
+    (">p99", Shown::Always),
+    (">p99.9", Shown::Always),
+    (">max", Shown::Wide),
+    (">mean", Shown::Always),
+    (">notify p50", Shown::Always),
+    (">CPU vCPU", Shown::Always),
+    (">CPU device", Shown::Always),
+    (">exits", Shown::Always),
+    (">switches", Shown::Wide),
+    (">preempted", Shown::Wide),
+    (">wake-ups", Shown::Wide),
+    (">lost/dup/reord", Shown::Always),
+];
 
 fn scenario_table(run: &Results, format: Format) -> Table {
-    let kept = |column: &usize| format == Format::Markdown || !WIDE.contains(column);
-    let header = [
-        "scenario",
-        "mechanism",
-        "sink/transport/wait",
-        "operation",
-        "device",
-        ">vCPUs",
-        ">doorbells",
-        ">p50",
-        ">p90",
-        ">p99",
-        ">p99.9",
-        ">max",
-        ">mean",
-        ">notify p50",
-        ">CPU vCPU",
-        ">CPU device",
-        ">exits",
-        ">switches",
-        ">lost/dup/reord",
-    ];
+    let kept = |at: usize| match COLUMNS[at].1 {
+        Shown::Always => true,
+        Shown::Wide => format == Format::Markdown,
+        Shown::Vm => run.provenance.vm.is_some(),
+    };
+    let shown = |cells: Vec<String>| (0..).zip(cells).filter(|(at, _)| kept(*at)).map(|(_, c)| c);
+    let header = COLUMNS.iter().map(|(name, _)| (*name).to_owned());
     let mut table = Table::new(
         "Scenarios (times in ns per access)",
-        (0..)
-            .zip(header)
-            .filter(|(i, _)| kept(i))
-            .map(|(_, name)| name),
+        shown(header.collect()),
     );
     for s in &run.scenarios {
         let via = [&s.sink, &s.transport, &s.wait].map(|part| part.as_deref().unwrap_or("–"));
@@ -147,23 +171,30 @@ fn scenario_table(run: &Results, format: Format) -> Table {
                 .map(|ns| count(ns.round() as u64)),
         );
         times.extend([s.exits_per_access, s.voluntary_switches_per_access].map(per_access));
+        let optional = [s.preemptions_per_access, s.wakeups_per_access];
+        times.extend(optional.map(|rate| rate.map_or("–".into(), per_access)));
         if s.wrong() > 0 {
             times.fill("withheld".into());
         }
-        let what = [
+        let mut cells = vec![
             s.name.clone(),
             s.mechanism.clone(),
+            boot_name(s.boot),
             via.join("/"),
             s.operation.clone(),
             s.placement.clone(),
         ];
-        let counts = [count(s.vcpus.into()), count(s.doorbells.into())];
-        let integrity = [s.lost, s.duplicated, s.reordered].map(count).join("/");
-        let cells = what.into_iter().chain(counts).chain(times);
-        let cells = (0..).zip(cells.chain([integrity]));
-        table.push(cells.filter(|(i, _)| kept(i)).map(|(_, cell)| cell));
+        cells.extend([count(s.vcpus.into()), count(s.doorbells.into())]);
+        cells.extend(times);
+        cells.push([s.lost, s.duplicated, s.reordered].map(count).join("/"));
+        table.push(shown(cells));
     }
     table
+}
+
+/// The boot of a VM that a figure comes from.
+fn boot_name(boot: Option<Boot>) -> String {
+    boot.map_or("–", Boot::name).into()
 }
 
 /// One block of columns per file, one row per scenario of any file.
@@ -230,40 +261,57 @@ fn ratio_table(runs: &[Results]) -> Table {
     table
 }
 
-/// Without texts and notes on a terminal: they do not fit.
+/// Without texts and notes on a terminal: they do not fit. Nor do the notes of several runs.
 fn claim_table(runs: &[Results], format: Format) -> Table {
     let wide = format == Format::Markdown;
-    let of_run = |i| {
-        let names = [">measured", "verdict", "note"].into_iter();
-        names.take(if wide { 3 } else { 2 }).map(move |name| {
-            let (right, name) = name.split_at(usize::from(name.starts_with('>')));
-            format!("{right}{}{name}", label(runs, i))
-        })
+    let noted = wide && runs.len() == 1;
+    let of_run = |(i, run): (usize, &Results)| {
+        let mut names = vec![format!(">{}{}", label(runs, i), measured_on(runs, run))];
+        names.push(format!("{}verdict", label(runs, i)));
+        if run.provenance.vm.is_some() {
+            names.push(format!("{}boot", label(runs, i)));
+        }
+        names.extend(noted.then(|| "note".into()));
+        names
     };
     let first = ["id", "claim", ">bar"].into_iter();
     let first = first
         .filter(|name| wide || *name != "claim")
         .map(str::to_owned);
-    let mut table = Table::new("Claims", first.chain((0..runs.len()).flat_map(of_run)));
+    let header = first.chain(runs.iter().enumerate().flat_map(of_run));
+    let mut table = Table::new("Claims", header);
     let all: Vec<Vec<Claim>> = runs.iter().map(claims::evaluate).collect();
     for def in claims::applicable(runs) {
         let mut cells = vec![def.id.to_owned()];
         cells.extend(wide.then(|| def.text.to_owned()));
         cells.push(def.bar.to_string());
-        for claims in &all {
+        for (run, claims) in runs.iter().zip(&all) {
             let c = claims.iter().find(|claim| claim.id == def.id);
             let measured = c.and_then(|c| Some(figure(c.value?, c.ci95)));
             cells.push(measured.unwrap_or("–".into()));
             cells.push(c.map_or("–", verdict).to_owned());
-            cells.extend(wide.then(|| c.map_or(String::new(), |c| c.note.clone())));
+            if run.provenance.vm.is_some() {
+                cells.push(boot_name(c.and_then(|c| c.boot)));
+            }
+            cells.extend(noted.then(|| c.map_or(String::new(), |c| c.note.clone())));
         }
         table.push(cells);
     }
     table
 }
 
+/// The head of a run's column: of several, with what it was measured on.
+fn measured_on(runs: &[Results], run: &Results) -> String {
+    match (runs.len(), &run.provenance.vm) {
+        (1, _) => "measured".into(),
+        (_, Some(vm)) => format!("measured in a {}", vm.short()),
+        (_, None) => format!("measured on a machine, KVM {}", run.host.kvm.kind.name()),
+    }
+}
+
 fn verdict(claim: &Claim) -> &'static str {
     match (claim.holds, claim.value) {
+        _ if claim.not_applicable => "not applicable",
         (Some(true), _) => "holds",
         (Some(false), _) => "MISS",
         (None, Some(_)) => "printed",
@@ -328,54 +376,6 @@ fn figure(value: f64, ci95: Option<[f64; 2]>) -> String {
         None if value != 0.0 && value.abs() < 0.001 => format!("{value:.0e}"),
         None => digits(value),
     }
-}
-
-/// Why the README was left as it was.
-#[derive(Debug, Error)]
-pub enum ReadmeError {
-    /// The file could not be read or written.
-    #[error("{}: {source}", .path.display())]
-    Io {
-        /// The README.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// The results have no place to go.
-    #[error("{}: needs one `{BEGIN}` line and, after it, one `{END}` line", .path.display())]
-    Markers {
-        /// The README.
-        path: PathBuf,
-    },
-}
-
-/// Replaces what stands between the markers `<!-- results:begin -->` and
-/// `<!-- results:end -->` of a README by the Markdown report.
-///
-/// # Errors
-/// The file cannot be read or written, or does not have each marker once, in order.
-pub fn update_readme(path: &Path, runs: &[Results]) -> Result<(), ReadmeError> {
-    let io = |source| ReadmeError::Io {
-        path: path.into(),
-        source,
-    };
-    let before = fs::read_to_string(path).map_err(io)?;
-    let after = with_results(&before, &render(runs, Format::Markdown))
-        .ok_or_else(|| ReadmeError::Markers { path: path.into() })?;
-    if after != before {
-        fs::write(path, after).map_err(io)?;
-    }
-    Ok(())
-}
-
-fn with_results(readme: &str, report: &str) -> Option<String> {
-    let (head, rest) = readme.split_once(BEGIN)?;
-    let (old, tail) = rest.split_once(END)?;
-    let again = |text: &str| text.contains(BEGIN) || text.contains(END);
-    if again(head) || again(old) || again(tail) {
-        return None;
-    }
-    Some(format!("{head}{BEGIN}\n\n{}\n\n{END}{tail}", report.trim()))
 }
 
 #[cfg(test)]

@@ -12,10 +12,17 @@ use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+mod provenance;
+
+pub use provenance::{Boot, BootFacts, Mode, Provenance, VmFacts};
+
 /// Version of the file format that this crate writes and reads.
 pub const SCHEMA: u64 = 1;
 /// Largest results file that is read, in bytes.
 pub const MAX_FILE_BYTES: u64 = 64 << 20;
+/// What the names of rows of a VM's boot with two CPUs end in: rows of the same names were measured
+/// with one.
+pub const PARALLEL_SUFFIX: &str = "/2cpu";
 /// Largest figure that is believed, in whatever unit: eleven days in nanoseconds.
 const MAX_FIGURE: f64 = 1e15;
 const MAX_SCENARIOS: usize = 1_000;
@@ -154,50 +161,6 @@ impl KvmKind {
     }
 }
 
-/// How thorough a run is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Mode {
-    /// Seconds; proves that the benchmark runs, its figures mean nothing.
-    Smoke,
-    /// Under two minutes.
-    Quick,
-    /// As long as it takes.
-    Full,
-}
-
-impl Mode {
-    /// The word used in files and tables.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Smoke => "smoke",
-            Self::Quick => "quick",
-            Self::Full => "full",
-        }
-    }
-}
-
-/// What made the file.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Provenance {
-    /// Git revision of the working tree, where it is one.
-    pub revision: Option<String>,
-    /// Whether tracked or new files differed from that revision.
-    pub dirty: Option<bool>,
-    /// When the run started, RFC 3339, UTC.
-    pub date: String,
-    /// The command line.
-    pub command: Vec<String>,
-    /// Build profile: `release` or `debug`.
-    pub profile: String,
-    /// How thorough the run was.
-    pub mode: Mode,
-    /// Seed of everything random in the run and in its statistics.
-    pub seed: u64,
-    /// Rounds, each of which runs every scenario once.
-    pub rounds: usize,
-}
-
 /// A mechanism and whether the host offers it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Mechanism {
@@ -217,7 +180,11 @@ pub struct Scenario {
     pub name: String,
     /// The mechanism, or `floor`.
     pub mechanism: String,
-    /// In-kernel sink of an `ebpf` doorbell: `ioeventfd` or `coalesced`.
+    /// The boot of a VM that it was measured in; `None` on a machine.
+    #[serde(default)]
+    pub boot: Option<Boot>,
+    /// In-kernel sink of an `ebpf` doorbell: `ioeventfd` or `coalesced`; `signal`, `consume` or
+    /// `answer` where KVM asks the program, which then does that.
     pub sink: Option<String>,
     /// Transport between vCPU thread and device task, where there is one.
     pub transport: Option<String>,
@@ -251,6 +218,12 @@ pub struct Scenario {
     pub exits_per_access: f64,
     /// Voluntary context switches per access, vCPU and device together.
     pub voluntary_switches_per_access: f64,
+    /// Involuntary ones; `None` where not counted.
+    #[serde(default)]
+    pub preemptions_per_access: Option<f64>,
+    /// How often the device task was woken per access; `None` where not counted.
+    #[serde(default)]
+    pub wakeups_per_access: Option<f64>,
     /// Accesses that never arrived.
     pub lost: u64,
     /// Accesses that arrived more than once.
@@ -269,6 +242,11 @@ pub struct Scenario {
 }
 
 impl Scenario {
+    /// Whether its times are counts of instructions.
+    pub fn is_counted(&self) -> bool {
+        self.boot == Some(Boot::Counted)
+    }
+
     /// Accesses that arrived wrongly or not at all. A scenario that has any
     /// yields no figure.
     pub fn wrong(&self) -> u64 {
@@ -384,6 +362,12 @@ pub struct Claim {
     pub bar: Option<f64>,
     /// Whether the bar is met; `None` without a bar or without a figure.
     pub holds: Option<bool>,
+    /// Whether the kernel lacks what the claim is about.
+    #[serde(default)]
+    pub not_applicable: bool,
+    /// The boot of a VM that the figure comes from; `None` on a machine.
+    #[serde(default)]
+    pub boot: Option<Boot>,
     /// Why there is no figure, or what to read beside it.
     #[serde(default)]
     pub note: String,
@@ -480,6 +464,7 @@ impl Results {
                 s.exits_per_access,
                 s.voluntary_switches_per_access,
             ];
+            let counted = [s.preemptions_per_access, s.wakeups_per_access];
             if !names.insert(name) {
                 return Some(format!("scenario {name:?} occurs twice"));
             }
@@ -495,6 +480,7 @@ impl Results {
             }
             let all = figures
                 .iter()
+                .chain(counted.iter().flatten())
                 .chain(&s.round_means_ns)
                 .chain(&s.round_references);
             if let Some(bad) = all.into_iter().find(|f| !(0.0..=MAX_FIGURE).contains(*f)) {

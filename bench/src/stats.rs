@@ -76,17 +76,26 @@ impl Estimate {
     /// `scale` or rests on fewer than [`MIN_ROUNDS`] rounds. For a ratio the scale
     /// is its median; for a share of something it is 1.
     pub fn noise(&self, scale: f64) -> Option<Noise> {
-        let width = (self.ci95[1] - self.ci95[0]) / scale.abs();
-        if width <= NOISY_WIDTH && self.rounds >= MIN_ROUNDS {
-            return None;
+        match self.width_noise(scale) {
+            None if self.rounds < MIN_ROUNDS => Some(self.noise_of(scale)),
+            noise => noise,
         }
+    }
+
+    /// The same however few the rounds, for figures that repeat exactly.
+    pub fn width_noise(&self, scale: f64) -> Option<Noise> {
+        let noise = self.noise_of(scale);
+        (noise.width > NOISY_WIDTH).then_some(noise)
+    }
+
+    fn noise_of(&self, scale: f64) -> Noise {
+        let width = (self.ci95[1] - self.ci95[0]) / scale.abs();
         let needed = self.rounds as f64 * (width / NOISY_WIDTH).powi(2);
-        let rounds_needed = (needed.ceil() as usize).max(MIN_ROUNDS);
-        Some(Noise {
+        Noise {
             width,
             rounds: self.rounds,
-            rounds_needed,
-        })
+            rounds_needed: (needed.ceil() as usize).max(MIN_ROUNDS),
+        }
     }
 }
 

@@ -86,6 +86,7 @@ pub(crate) fn results() -> Results {
             mode: Mode::Quick,
             seed: 1,
             rounds: ROUNDS,
+            vm: None,
         },
         mechanisms: vec![
             Mechanism {
@@ -132,6 +133,7 @@ pub(crate) fn scenario(name: &str, ns: f64) -> Scenario {
     Scenario {
         name: name.into(),
         mechanism: mechanism.into(),
+        boot: None,
         sink: sink.map(str::to_owned),
         transport: detail.filter(|_| mechanism == "forward").map(str::to_owned),
         wait: Some("sleep".into()),
@@ -159,6 +161,8 @@ pub(crate) fn scenario(name: &str, ns: f64) -> Scenario {
             0.0
         },
         voluntary_switches_per_access: 0.5,
+        preemptions_per_access: None,
+        wakeups_per_access: Some(0.25),
         lost: 0,
         duplicated: 0,
         reordered: 0,
@@ -179,4 +183,33 @@ pub(crate) fn set(results: &mut Results, name: &str, change: impl FnOnce(&mut Sc
             .find(|s| s.name == name)
             .unwrap(),
     );
+}
+
+/// Facts about a VM that never was.
+pub(crate) fn facts(boots: &[Boot]) -> VmFacts {
+    let boot = |boot: &Boot| BootFacts {
+        boot: *boot,
+        cpus: 1,
+        ns_per_instruction: (*boot == Boot::Counted).then_some(1),
+        parameters: vec!["mitigations=off".into()],
+        retries: Vec::new(),
+    };
+    VmFacts {
+        kernel: "patched".into(),
+        what: "synthetic kernel".into(),
+        patches: vec!["0001-Synthetic.patch".into()],
+        emulator: "synthetic emulator".into(),
+        boots: boots.iter().map(boot).collect(),
+        empty_seconds: Some(9.0),
+        empty_verdict_seconds: Some(6.0),
+    }
+}
+
+/// [`results`] as if they had been measured in that boot.
+pub(crate) fn in_boot(boot: Boot) -> Results {
+    let mut results = results();
+    for scenario in &mut results.scenarios {
+        scenario.boot = Some(boot);
+    }
+    results
 }

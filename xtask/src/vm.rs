@@ -12,7 +12,7 @@ mod qemu;
 mod results;
 mod show;
 mod stock;
-mod suite;
+pub mod suite;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -25,7 +25,7 @@ use crate::lock::Lock;
 use crate::sh::{Cmd, table, which};
 use crate::toolchain::Missing;
 use crate::{ebpf, kernel, setup};
-use accelerator::Choice;
+pub use accelerator::Choice;
 use initramfs::Initramfs;
 pub use options::{KernelChoice, VmArgs};
 use plants::Plant;
@@ -47,7 +47,7 @@ const MODULES: [&str; 4] = ["kvm_amd", "kvm_intel", "veth", "tun"];
 const HOST_PROGRAMS: [&str; 2] = ["ip", "unshare"];
 
 /// Where the eBPF program lies in the VM; the object that logs lies beside it, as here.
-const OBJECT: &str = "/ioregion/ioregion.bpf.o";
+pub const OBJECT: &str = "/ioregion/ioregion.bpf.o";
 const LOGGING_OBJECT: &str = "/ioregion/ioregion-log.bpf.o";
 
 /// What unpacks a kernel's modules.
@@ -109,16 +109,29 @@ pub fn stock_kernel() -> Result<String, Missing> {
     Ok("in the cache, or fetched when it is needed".into())
 }
 
+/// A run of the VM that passed.
+#[derive(Debug)]
+pub struct Passed {
+    /// The kernel, for people.
+    pub kernel: String,
+    /// From power on to the verdict; nothing where faults were planted.
+    pub verdict: Duration,
+}
+
 /// Boots the VM that the arguments describe; an error where it fails.
-pub fn run(root: &Path, args: &VmArgs) -> Result<()> {
+pub fn run(root: &Path, args: &VmArgs) -> Result<Passed> {
     setup()?;
     let kernel = kernel(root, args)?;
     println!("{}: {}", kernel.what, kernel.image.display());
-    let init = suite::init(root)?;
+    let init = match &args.init {
+        Some(init) => init.clone(),
+        None => suite::init(root)?,
+    };
     let (dir, _lock) = working_folder(&root.join("target/vm"), args.kernel_name())?;
     let accelerator = match (args.icount, args.accel) {
         (Some(shift), _) => Accelerator::Counted { shift },
         (None, Choice::Tcg) => Accelerator::Emulation,
+        (None, Choice::TcgParallel) => Accelerator::Parallel,
         (None, Choice::Kvm) => Accelerator::Kvm,
         (None, Choice::Auto) => accelerator::choose(&kernel, &init, &dir.join("probe"))?,
     };
@@ -131,11 +144,16 @@ pub fn run(root: &Path, args: &VmArgs) -> Result<()> {
         accelerator,
     };
     let plants = args.plants();
-    if plants.is_empty() {
-        vm.run_programs()
+    let verdict = if plants.is_empty() {
+        vm.run_programs()?
     } else {
-        vm.run_plants(&plants)
-    }
+        vm.run_plants(&plants)?;
+        Duration::ZERO
+    };
+    Ok(Passed {
+        kernel: vm.kernel.what,
+        verdict,
+    })
 }
 
 /// Everything but the contents of a VM.
@@ -175,7 +193,7 @@ impl Prepared<'_> {
     }
 
     /// The ordinary run: all programs in one VM.
-    fn run_programs(&self) -> Result<()> {
+    fn run_programs(&self) -> Result<Duration> {
         let mut initramfs = self.initramfs()?;
         for (name, value) in pace::environment(self.accelerator, self.args) {
             initramfs.env(&name, &value);
@@ -215,7 +233,7 @@ impl Prepared<'_> {
             "VM passed: {jobs} programs, verdict {:.1} s after power on",
             run.time.as_secs_f64()
         );
-        Ok(())
+        Ok(run.time)
     }
 
     /// Each fault in a VM of its own: every one must be noticed.
@@ -285,6 +303,10 @@ fn fill(initramfs: &mut Initramfs, root: &Path, args: &VmArgs) -> Result<()> {
     for pair in &args.env {
         let (name, value) = pair.split_once('=').context("--env takes NAME=VALUE")?;
         initramfs.env(name, value);
+    }
+    for pair in &args.files {
+        let (file, path) = pair.split_once('=').context("--file takes FILE=PATH")?;
+        initramfs.file(Path::new(file), path)?;
     }
     for name in HOST_PROGRAMS
         .iter()

@@ -1,6 +1,7 @@
 //! The table of claims.
 
-use super::{Bar, ClaimDef, How, most_exits, vs_best_forward, wrong_accesses};
+use super::figures::{most_exits, vs_best_forward, wrong_accesses};
+use super::{Bar, ClaimDef, How};
 
 /// The claims that a run on any kernel can decide.
 pub const CLAIMS: &[ClaimDef] = &[
@@ -123,82 +124,5 @@ pub const CLAIMS: &[ClaimDef] = &[
         text: "lost, doubled or reordered accesses over all scenarios",
         bar: Bar::AtMost(0.0),
         how: How::Figure(wrong_accesses),
-    },
-];
-
-/// The claims that need `ioregionfd`.
-pub const NATIVE_CLAIMS: &[ClaimDef] = &[
-    ClaimDef {
-        id: "ioregionfd-vs-forward-stream-read",
-        text: "vCPU time per read: ioregionfd / forward, both over a stream socket",
-        bar: Bar::AtMost(1.00),
-        how: How::Ratio("ioregionfd-stream/read", "forward-stream/read"),
-    },
-    ClaimDef {
-        id: "ioregionfd-vs-forward-stream-write",
-        text: "vCPU time per write that waits: ioregionfd / forward, both over a stream socket",
-        bar: Bar::AtMost(1.00),
-        how: How::Ratio("ioregionfd-stream/write", "forward-stream/write"),
-    },
-    ClaimDef {
-        id: "ioregionfd-vs-forward-seqpacket-read",
-        text: "vCPU time per read: ioregionfd / forward, both over a seqpacket socket",
-        bar: Bar::AtMost(1.00),
-        how: How::Ratio("ioregionfd-seqpacket/read", "forward-seqpacket/read"),
-    },
-    ClaimDef {
-        id: "ioregionfd-vs-forward-seqpacket-write",
-        text: "vCPU time per write that waits: ioregionfd / forward, both over a seqpacket socket",
-        bar: Bar::AtMost(1.00),
-        how: How::Ratio("ioregionfd-seqpacket/write", "forward-seqpacket/write"),
-    },
-    ClaimDef {
-        id: "ioregionfd-vs-forward-pipes-read",
-        text: "vCPU time per read: ioregionfd / forward, both over two pipes",
-        bar: Bar::AtMost(1.00),
-        how: How::Ratio("ioregionfd-pipes/read", "forward-pipes/read"),
-    },
-    ClaimDef {
-        id: "ioregionfd-vs-forward-pipes-write",
-        text: "vCPU time per write that waits: ioregionfd / forward, both over two pipes",
-        bar: Bar::AtMost(1.00),
-        how: How::Ratio("ioregionfd-pipes/write", "forward-pipes/write"),
-    },
-    ClaimDef {
-        id: "ioregionfd-vs-forward-equal-transport",
-        text: "all of these",
-        bar: Bar::AtMost(1.00),
-        how: How::AllOf(&[
-            "ioregionfd-vs-forward-stream-read",
-            "ioregionfd-vs-forward-stream-write",
-            "ioregionfd-vs-forward-seqpacket-read",
-            "ioregionfd-vs-forward-seqpacket-write",
-            "ioregionfd-vs-forward-pipes-read",
-            "ioregionfd-vs-forward-pipes-write",
-        ]),
-    },
-    ClaimDef {
-        id: "mailbox-read-vs-forward-stream",
-        text: "vCPU time per read: ioregionfd over the purpose-made file / forward over a stream socket, the traditional path",
-        bar: Bar::AtMost(0.60),
-        how: How::Ratio("ioregionfd-mailbox/read", "forward-stream/read"),
-    },
-    ClaimDef {
-        id: "mailbox-read-vs-forward-best",
-        text: "the same / forward on its best transport",
-        bar: Bar::AtMost(1.00),
-        how: How::Figure(|results| vs_best_forward(results, "ioregionfd-mailbox/read", "/read")),
-    },
-    ClaimDef {
-        id: "mailbox-posted-vs-forward",
-        text: "vCPU time per posted write over the purpose-made file / per write that waits, forward over a stream socket",
-        bar: Bar::AtMost(0.30),
-        how: How::Ratio("ioregionfd-mailbox/posted", "forward-stream/write"),
-    },
-    ClaimDef {
-        id: "mailbox-spin-read-vs-forward",
-        text: "vCPU time per read: ioregionfd with a polling device task and KVM spinning / forward over a stream socket",
-        bar: Bar::AtMost(0.40),
-        how: How::Ratio("ioregionfd-mailbox-polled/read", "forward-stream/read"),
     },
 ];

@@ -234,3 +234,107 @@ fn ratio_never_mixes_references_and_times() {
     });
     assert_eq!(claim_of(&r, "ebpf-bystander").value.unwrap(), before);
 }
+
+/// The run of a VM, as if its kernel had the series.
+fn vm() -> Results {
+    let mut r = crate::synthetic::in_boot(Boot::Counted);
+    r.provenance.vm = Some(crate::synthetic::facts(&[Boot::Counted, Boot::Parallel]));
+    r.mechanisms.retain(|m| m.name != "ioregionfd");
+    r.mechanisms.push(Mechanism {
+        name: "ioregionfd".into(),
+        available: true,
+        reason: String::new(),
+    });
+    r
+}
+
+#[test]
+fn vm_without_the_series_shows_its_claims_as_not_applicable() {
+    let mut r = vm();
+    r.mechanisms.retain(|m| m.name != "ioregionfd");
+    for def in NATIVE_CLAIMS {
+        let c = claim_of(&r, def.id);
+        assert!(c.not_applicable && c.holds.is_none(), "{}", c.id);
+    }
+    assert_eq!(claim_of(&r, "vm-boot").holds, Some(true));
+    assert!(!evaluate(&results()).iter().any(|c| c.not_applicable));
+}
+
+#[test]
+fn claim_that_needs_two_cpus_takes_the_rows_of_that_boot() {
+    let mut r = vm();
+    let id = "mailbox-spin-read-vs-forward";
+    r.scenarios
+        .push(scenario("ioregionfd-mailbox-polled/read", 1.0));
+    assert!(claim_of(&r, id).note.contains("read/2cpu"));
+    for (name, ns) in [
+        ("ioregionfd-mailbox-polled/read/2cpu", 300.0),
+        ("forward-stream/read/2cpu", 1_000.0),
+    ] {
+        let mut s = scenario(name, ns);
+        s.boot = Some(Boot::Parallel);
+        r.scenarios.push(s);
+    }
+    let c = claim_of(&r, id);
+    assert!((c.value.unwrap() - 0.3).abs() < 1e-9, "{c:?}");
+    assert_eq!((c.holds, c.boot), (Some(true), Some(Boot::Parallel)));
+    assert_eq!(claim_of(&r, "ebpf-vs-forward").boot, Some(Boot::Counted));
+}
+
+#[test]
+fn counted_rounds_pair_as_far_as_both_go() {
+    let mut r = vm();
+    let name = "ebpf-ioeventfd-polled/posted@10000";
+    set(&mut r, name, |s| s.round_means_ns.truncate(2));
+    let c = claim_of(&r, "ebpf-10k-doorbells-vs-1");
+    assert_eq!(c.holds, Some(true), "{c:?}");
+    set(&mut r, name, |s| s.boot = None);
+    let c = claim_of(&r, "ebpf-10k-doorbells-vs-1");
+    assert!(c.note.starts_with("not paired"), "{c:?}");
+}
+
+#[test]
+fn signal_is_judged_at_equal_wakeups() {
+    let mut r = vm();
+    for (name, ns) in [
+        ("ebpf-signal/posted", 4_500.0),
+        ("ebpf-signal-unread/posted", 3_300.0),
+    ] {
+        r.scenarios.push(scenario(name, ns));
+    }
+    let id = "ebpf-signal-vs-ioeventfd";
+    // Equally many wake-ups: the larger one counts.
+    let c = claim_of(&r, id);
+    assert_eq!((c.value, c.holds), (Some(1.5), Some(false)));
+    set(&mut r, "ioeventfd/posted", |s| {
+        s.wakeups_per_access = Some(0.1);
+    });
+    let c = claim_of(&r, id);
+    assert!((c.value.unwrap() - 1.1).abs() < 1e-9);
+    assert_eq!(c.holds, Some(true));
+    assert!(
+        c.note.contains("0.250") && c.note.contains("0.100"),
+        "{}",
+        c.note
+    );
+}
+
+#[test]
+fn cells_of_the_transport_table_are_counted() {
+    let mut r = vm();
+    let c = claim_of(&r, "transport-table");
+    assert_eq!((c.value, c.holds), (Some(12.0), Some(false)));
+    assert!(c.note.contains("forward-fifo/read"), "{}", c.note);
+    let (mechanisms, transports, operations) = TRANSPORT_CELLS;
+    for mechanism in mechanisms {
+        for transport in transports {
+            for operation in operations {
+                let name = transport_cell(mechanism, transport, operation);
+                if r.scenario(&name).is_none() {
+                    r.scenarios.push(scenario(&name, 1_000.0));
+                }
+            }
+        }
+    }
+    assert_eq!(claim_of(&r, "transport-table").holds, Some(true));
+}

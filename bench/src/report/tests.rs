@@ -113,56 +113,6 @@ fn markdown_rows_have_as_many_cells_as_the_header() {
 }
 
 #[test]
-fn readme_is_updated_between_its_markers_and_only_there() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("README.md");
-    fs::write(&path, format!("# Head\n{BEGIN}\nstale\n{END}\nTail\n")).unwrap();
-    update_readme(&path, &[results()]).unwrap();
-    let once = fs::read_to_string(&path).unwrap();
-    assert!(
-        once.starts_with(&format!("# Head\n{BEGIN}\n\n2000-01-01")),
-        "{once}"
-    );
-    assert!(once.ends_with(&format!("|\n\n{END}\nTail\n")), "{once}");
-    assert!(!once.contains("stale"));
-    update_readme(&path, &[results()]).unwrap();
-    assert_eq!(fs::read_to_string(&path).unwrap(), once);
-}
-
-#[test]
-fn readme_without_its_markers_is_left_alone() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("README.md");
-    for text in [
-        "none".into(),
-        format!("{END} {BEGIN}"),
-        BEGIN.into(),
-        format!("{BEGIN}{END}{END}"),
-    ] {
-        fs::write(&path, &text).unwrap();
-        let error = update_readme(&path, &[results()]).unwrap_err().to_string();
-        assert!(
-            error.contains("README.md") && error.contains(BEGIN) && error.contains(END),
-            "{error}"
-        );
-        assert_eq!(fs::read_to_string(&path).unwrap(), text);
-    }
-}
-
-#[test]
-fn hostile_file_cannot_end_the_results_section() {
-    let mut r = results();
-    r.scenarios[0].name = format!("x{END}");
-    r.host.cpu_model = Some(format!("y{END}{BEGIN}"));
-    let readme = with_results(
-        &format!("{BEGIN}{END}"),
-        &render(&[r.clone()], Format::Markdown),
-    )
-    .unwrap();
-    assert!(with_results(&readme, &render(&[r], Format::Markdown)).is_some());
-}
-
-#[test]
 fn small_rates_are_not_rounded_to_zero() {
     assert_eq!(per_access(0.0), "0.000");
     assert_eq!(per_access(1e-5), "1e-5");

@@ -1,20 +1,25 @@
 //! A run of the benchmark: every row once per round, forwards and backwards in turn.
 
+mod entry;
+mod fifo;
 mod figures;
 mod hold;
 mod meter;
+mod pace;
+pub(crate) mod post_write;
 mod rig;
+mod served;
 mod task;
 
 use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use ioregion_bench::results::{
-    Host, Mechanism, Mode, Pinning, Provenance, Results, SCHEMA, Scenario,
+    Boot, Host, Mechanism, Mode, Pinning, Provenance, Results, SCHEMA, Scenario,
 };
 use ioregion_bench::{claims, plot};
 use ioregion_dispatch::Program;
@@ -23,11 +28,11 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, sigaction};
 use nix::unistd::Pid;
 
-use self::figures::{Figures, iterations};
-use self::rig::Rig;
-use crate::payload::Measure;
+use self::entry::Entry;
+use self::figures::Figures;
+use self::pace::Pace;
+use crate::doctor;
 use crate::scenarios::{Carrier, Operation, Placement, ROWS, Row};
-use crate::{doctor, floors};
 
 pub(crate) use rig::Run;
 pub use task::device_process;
@@ -40,13 +45,6 @@ pub(crate) const DESCRIPTORS: u64 = 12_000;
 const SETTLE: Duration = Duration::from_millis(400);
 /// The nice value that comes before all others.
 const HIGHEST_PRIORITY: i32 = -20;
-const FEWEST_BURSTS: usize = 4;
-/// Iterations that tell roughly what one costs.
-const SAMPLE: u32 = 64;
-/// Bursts of accesses and of references alternate this fast.
-const BURST: Duration = Duration::from_millis(4);
-/// Iterations that a timing buffer holds.
-const MOST: u32 = 200_000;
 
 /// What to run and where to put it.
 #[derive(Debug)]
@@ -61,69 +59,19 @@ pub struct Options {
     pub rounds: Option<usize>,
     /// Folder of the results.
     pub out: PathBuf,
+    /// The kind of boot, in a VM: which rows, and how many accesses of each.
+    pub boot: Option<Boot>,
 }
 
 impl Options {
     fn rounds(&self) -> usize {
-        self.rounds.unwrap_or(match self.mode {
-            Mode::Smoke => 6,
-            Mode::Quick => 10,
-            Mode::Full => 30,
+        self.rounds.unwrap_or(match (self.boot, self.mode) {
+            (Some(Boot::Counted), _) | (None, Mode::Smoke) => 6,
+            (Some(Boot::Parallel), _) => 12,
+            (None, Mode::Quick) => 10,
+            (None, Mode::Full) => 30,
         })
     }
-
-    /// Time for one row in one round.
-    fn slot(&self) -> Slot {
-        let (timed, compared, plain) = match self.mode {
-            Mode::Smoke => (4, 4, 4),
-            Mode::Quick => (26, 200, 26),
-            Mode::Full => (350, 600, 350),
-        };
-        Slot {
-            timed: Duration::from_millis(timed),
-            compared: Duration::from_millis(compared),
-            plain: Duration::from_millis(plain),
-        }
-    }
-}
-
-/// How long a row is measured in one round.
-#[derive(Debug, Clone, Copy)]
-struct Slot {
-    /// With each access timed.
-    timed: Duration,
-    /// The same for rows that claims compare, references included.
-    compared: Duration,
-    /// Untimed, for throughput.
-    plain: Duration,
-}
-
-impl Slot {
-    /// The slot of one of the row's VMs.
-    fn of(self, entry: &Entry) -> Self {
-        let row = entry.row;
-        let timed = if entry.compared {
-            self.compared
-        } else {
-            self.timed
-        };
-        Self {
-            timed: timed / row.vms,
-            plain: self.plain / row.vms,
-            ..self
-        }
-    }
-}
-
-/// A row and what has been measured of it.
-struct Entry {
-    row: &'static Row,
-    /// A claim compares it with another row of this run.
-    compared: bool,
-    figures: Figures,
-    /// Kept from round to round, where that disturbs nobody.
-    rigs: Vec<Rig>,
-    failed: Option<anyhow::Error>,
 }
 
 /// Measures, and writes the results and their plots.
@@ -134,7 +82,7 @@ struct Entry {
 /// what is unavailable.
 pub fn run(options: &Options) -> Result<(Results, Vec<PathBuf>)> {
     prepare()?;
-    let (rounds, slot) = (options.rounds(), options.slot());
+    let (rounds, pace) = (options.rounds(), Pace::of(options.mode, options.boot));
     let mut results = Results {
         schema: SCHEMA,
         host: Host::gather(),
@@ -148,7 +96,7 @@ pub fn run(options: &Options) -> Result<(Results, Vec<PathBuf>)> {
     pin(cpus.device)?;
     let mut entries: Vec<Entry> = ROWS
         .iter()
-        .filter(|row| row.is_in(options.mode))
+        .filter(|row| row.is_in(options.mode, options.boot))
         .filter(|row| {
             let parts = &options.filter;
             parts.is_empty() || parts.iter().any(|part| picks(part, row.name))
@@ -159,7 +107,8 @@ pub fn run(options: &Options) -> Result<(Results, Vec<PathBuf>)> {
     let names: HashSet<&str> = entries.iter().map(|entry| entry.row.name).collect();
     let compared = claims::compared(&names);
     for entry in &mut entries {
-        entry.compared = compared.contains(entry.row.name);
+        // In a VM the machine does not change under the guest, or not in a way that shows there.
+        entry.compared = options.boot.is_none() && compared.contains(entry.row.name);
     }
     let bar = ProgressBar::new((rounds * entries.len()) as u64).with_style(
         ProgressStyle::with_template("{bar:30} {pos}/{len} {eta} {msg}")?,
@@ -168,35 +117,37 @@ pub fn run(options: &Options) -> Result<(Results, Vec<PathBuf>)> {
     let mut program: Option<Arc<Program>> = None;
     let mut attached = false;
     for round in 0..rounds {
+        if options.boot.is_some() {
+            eprintln!("round {} of {rounds}, {} rows", round + 1, entries.len());
+        }
         let mut order: Vec<usize> = (0..entries.len()).collect();
         if round % 2 == 1 {
             order.reverse();
         }
         for at in order {
-            let with = entries[at].row.needs_program();
-            if with != attached {
-                if with {
-                    match &program {
-                        Some(program) => program.set_attached(true)?,
-                        None => {
-                            program =
-                                Some(Program::load_default().context("loading the eBPF program")?)
-                        }
-                    }
-                } else {
-                    let with = entries.iter_mut().filter(|entry| entry.row.needs_program());
+            let row = entries[at].row;
+            if !pace.measures(row, round, rounds) {
+                continue;
+            }
+            if row.needs_program() && program.is_none() {
+                let loaded = Program::load_default().context("loading the eBPF program")?;
+                // Before anything is attached to tracepoints.
+                loaded.set_attached(false)?;
+                program = Some(loaded);
+            }
+            if let Some(program) = program.as_ref().filter(|_| row.attaches() != attached) {
+                if attached {
+                    let with = entries.iter_mut().filter(|entry| entry.row.attaches());
                     with.for_each(Entry::take_down);
-                    program
-                        .as_ref()
-                        .map_or(Ok(()), |program| program.set_attached(false))?;
                 }
-                attached = with;
+                attached = row.attaches();
+                program.set_attached(attached)?;
                 std::thread::sleep(SETTLE);
             }
             let entry = &mut entries[at];
             bar.set_message(entry.row.name);
             let had_failed = entry.failed.is_some();
-            entry.measure(program.as_ref(), &cpus, slot.of(entry));
+            entry.measure(program.as_ref(), &cpus, pace);
             if let Some(error) = entry.failed.as_ref().filter(|_| !had_failed) {
                 bar.suspend(|| eprintln!("{}: {}", entry.row.name, reason(error)));
             }
@@ -207,9 +158,13 @@ pub fn run(options: &Options) -> Result<(Results, Vec<PathBuf>)> {
     for mut entry in entries {
         entry.take_down();
         match entry.failed {
-            None => results
-                .scenarios
-                .push(scenario(entry.row, &cpus, entry.figures, rounds)),
+            None => {
+                let measured = (0..rounds).filter(|round| pace.measures(entry.row, *round, rounds));
+                let measured = measured.count();
+                let mut scenario = scenario(entry.row, &cpus, entry.figures, measured);
+                scenario.boot = options.boot;
+                results.scenarios.push(scenario);
+            }
             Some(error) => results.mechanisms.push(Mechanism {
                 name: entry.row.name.to_owned(),
                 available: false,
@@ -245,6 +200,12 @@ fn reason(error: &anyhow::Error) -> String {
 }
 
 fn write(results: &Results, options: &Options) -> Result<Vec<PathBuf>> {
+    if let Some(boot) = options.boot {
+        // The rest is done where the VM was booted.
+        let path = options.out.join(format!("{}.json", boot.name()));
+        results.save(&path)?;
+        return Ok(vec![path]);
+    }
     let date = results.provenance.date.replace(':', "");
     let mut files = Vec::new();
     for name in ["latest", &date] {
@@ -257,19 +218,14 @@ fn write(results: &Results, options: &Options) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Whether the row's mechanism is there; if not, the list says so by name.
+/// Whether the row's mechanisms are there; if not, the list says so by name.
 fn available(row: &Row, mechanisms: &[Mechanism]) -> bool {
-    let wanted = if row.needs_program() {
-        "ebpf"
-    } else {
-        row.carrier.name()
-    };
-    let found = mechanisms.iter().find(|mechanism| mechanism.name == wanted);
-    found.is_none_or(|mechanism| mechanism.available)
+    let missing = |name: &str| mechanisms.iter().any(|m| m.name == name && !m.available);
+    !row.mechanisms().any(missing)
 }
 
 /// Where the threads run.
-struct Cpus {
+pub(crate) struct Cpus {
     vcpus: Vec<usize>,
     device: Option<usize>,
 }
@@ -326,155 +282,26 @@ fn prepare() -> Result<()> {
     Ok(())
 }
 
-impl Entry {
-    fn new(row: &'static Row) -> Self {
-        Self {
-            row,
-            compared: false,
-            figures: Figures::default(),
-            rigs: Vec::new(),
-            failed: None,
-        }
-    }
-
-    /// Takes down what stands.
-    fn take_down(&mut self) {
-        for rig in self.rigs.drain(..) {
-            if let Err(error) = rig.finish() {
-                self.failed.get_or_insert(error);
-            }
-        }
-    }
-
-    /// Measures the row once, unless that has failed before.
-    fn measure(&mut self, program: Option<&Arc<Program>>, cpus: &Cpus, slot: Slot) {
-        if self.failed.is_some() {
-            return;
-        }
-        let measured = if self.row.operation == Operation::RoundTrip {
-            self.measure_floor(cpus, slot)
-        } else {
-            self.measure_rigs(program, cpus, slot)
-        };
-        if let Err(error) = measured {
-            self.failed = Some(error);
-        }
-        if self.failed.is_some() || self.row.is_transient() {
-            self.take_down();
-        }
-    }
-
-    fn measure_floor(&mut self, cpus: &Cpus, slot: Slot) -> Result<()> {
-        let mut trips = floors::ping_pong(
-            self.row.carrier,
-            cpus.vcpus[0],
-            cpus.vcpus[1],
-            slot.timed + slot.plain,
-        )?;
-        self.figures.add_plain(&trips);
-        trips.accesses = 0;
-        self.figures.add_round(&[trips]);
-        Ok(())
-    }
-
-    fn measure_rigs(
-        &mut self,
-        program: Option<&Arc<Program>>,
-        cpus: &Cpus,
-        slot: Slot,
-    ) -> Result<()> {
-        if self.rigs.is_empty() {
-            let began = Instant::now();
-            let pinning = cpus.pinning(self.row);
-            for _ in 0..self.row.vms {
-                self.rigs.push(Rig::new(self.row, &pinning, program)?);
-            }
-            tracing::debug!(row = self.row.name, took = ?began.elapsed(), "set up");
-        }
-        let mut timed = Vec::new();
-        for rig in &mut self.rigs {
-            if self.figures.cost_ns.is_none() {
-                let run = rig.run(Measure::Timed, SAMPLE)?;
-                self.figures.cost_ns = Some(run.wall.as_nanos() as f64 / f64::from(SAMPLE));
-            }
-            // Warm up again: caches, and the scheduler's idea of who runs where.
-            rig.run(
-                Measure::Plain,
-                self.figures.iterations(slot.plain / 7, MOST),
-            )?;
-            if self.compared {
-                timed.extend(referenced(rig, &mut self.figures, slot.timed)?);
-            } else {
-                let n = self
-                    .figures
-                    .iterations(slot.timed, MOST)
-                    .max(self.row.doorbells);
-                let run = rig.run(Measure::Timed, n)?;
-                self.figures.cost_ns = Some(run.wall.as_nanos() as f64 / f64::from(n));
-                timed.push(run);
-            }
-            let n = self
-                .figures
-                .iterations(slot.plain, MOST)
-                .max(self.row.doorbells);
-            self.figures.add_plain(&rig.run(Measure::Plain, n)?);
-            if paces(self.row) {
-                let n = self.figures.iterations(slot.plain / 14, 400);
-                self.figures.add_latencies(&rig.latencies(n)?);
-            }
-            self.figures.add_wrong(rig.wrong()?);
-        }
-        self.figures.add_round(&timed);
-        Ok(())
-    }
-}
-
-/// Bursts of accesses in turn with bursts of references.
-fn referenced(rig: &mut Rig, figures: &mut Figures, time: Duration) -> Result<Vec<Run>> {
-    let ns = |run: &Run, n: u32| run.wall.as_nanos() as f64 / f64::from(n);
-    let n = figures.iterations(BURST, MOST).max(rig.doorbells());
-    let reference = ns(&rig.reference(SAMPLE)?, SAMPLE);
-    let of_references = iterations(BURST, reference, MOST);
-    let mut references = vec![rig.reference(of_references)?];
-    let mut runs = Vec::new();
-    let began = Instant::now();
-    while runs.len() < FEWEST_BURSTS || began.elapsed() < time {
-        runs.push(rig.run(Measure::Timed, n)?);
-        references.push(rig.reference(of_references)?);
-    }
-    figures.cost_ns = runs.last().map(|run| ns(run, n));
-    figures.add_references(&runs, &references);
-    Ok(runs)
-}
-
-/// Whether the time until the device sees a ring is measured.
-fn paces(row: &Row) -> bool {
-    row.operation == Operation::Posted
-        && row.vcpus == 1
-        && row.vms == 1
-        && !row.in_turn
-        && row.placement != Placement::Process
-        && !matches!(row.carrier, Carrier::RamStore | Carrier::SinkWithoutReader)
-}
-
 fn scenario(row: &Row, cpus: &Cpus, figures: Figures, rounds: usize) -> Scenario {
     let guest = row.operation != Operation::RoundTrip;
     let own_task = row.placement != Placement::Vcpu;
     let ebpf = row.carrier == Carrier::Ebpf;
-    let sink = match row.sink {
-        ioregion_dispatch::Sink::Ioeventfd => "ioeventfd",
-        ioregion_dispatch::Sink::Coalesced => "coalesced",
+    let sink = match (row.hook, row.sink) {
+        (Some(hook), _) => hook.name(),
+        (None, ioregion_dispatch::Sink::Ioeventfd) => "ioeventfd",
+        (None, ioregion_dispatch::Sink::Coalesced) => "coalesced",
     };
     let delivery = match row.delivery {
         ioregion_dispatch::Delivery::Latest => "latest",
         ioregion_dispatch::Delivery::Fifo => "fifo",
     };
     let transport = match row.carrier {
-        Carrier::Forward | Carrier::Ioregionfd => Some(row.transport.name()),
+        Carrier::Forward | Carrier::Ioregionfd => Some(row.transport_name()),
         Carrier::SocketpairPingPong => Some("stream"),
-        Carrier::EventfdPingPong | Carrier::Ioeventfd | Carrier::SinkWithoutReader => {
-            Some("eventfd")
-        }
+        Carrier::EventfdPingPong
+        | Carrier::Ioeventfd
+        | Carrier::PostWrite
+        | Carrier::SinkWithoutReader => Some("eventfd"),
         _ => None,
     };
     let mut pinning = cpus.pinning(row);
@@ -490,8 +317,8 @@ fn scenario(row: &Row, cpus: &Cpus, figures: Figures, rounds: usize) -> Scenario
     scenario.operation = row.operation.name().to_owned();
     scenario.placement = row.placement.name().to_owned();
     scenario.vcpus = if guest { row.vcpus } else { 0 };
-    scenario.doorbells = if row.operation.rings() {
-        row.doorbells
+    scenario.doorbells = if row.operation.rings() || row.regions.is_some() {
+        row.cycle()
     } else {
         0
     };

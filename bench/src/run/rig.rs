@@ -1,26 +1,21 @@
 //! Everything that stands while a row is measured: guest, regions, vCPUs, device tasks.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Barrier, Mutex, mpsc};
+use std::sync::{Arc, Barrier, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use ioregion_abi::wire::Layout;
 use ioregion_bench::results::Pinning;
-use ioregion_dispatch::mechanism::{Ebpf, Forward, Ioeventfd, Ioregionfd, KvmRun};
-use ioregion_dispatch::server::DeviceEnd;
-use ioregion_dispatch::{
-    Channel, Delivery, Doorbell, Exit, Mechanism, Program as Bpf, Region, Size, Transport, Vcpu,
-    Vm, wire,
-};
+use ioregion_dispatch::{Exit, Program as Bpf, Vcpu, Vm};
 use ioregion_microguest::{DEFAULT_RAM, MicroVm, Program, TscClock};
 use nix::sys::signal::Signal;
 use nix::unistd::{Pid, gettid};
 
-use super::meter::{Check, Meter, Seen, Sequence, Wrong};
+use super::meter::{Seen, Sequence, Wrong};
+use super::served::{Served, Site};
 use super::task::{Cost, Task, pin, serve_once, threads_named};
-use crate::payload::{self, Measure, PORT, PORTS, REGION_BYTES, STRIDE};
-use crate::scenarios::{Carrier, Operation, Placement, Queues, Row};
+use crate::payload::{self, Measure};
+use crate::scenarios::{Carrier, Hook, Operation, Queues, Row, Wait};
 
 /// How long a run may take before it is broken off.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -46,20 +41,7 @@ pub struct Run {
     pub timings: Vec<f64>,
 }
 
-/// One device and what it was sent.
-#[derive(Debug)]
-struct Served {
-    task: Option<Task>,
-    /// Where the device is in this process.
-    meter: Option<Meter>,
-    /// Doorbells that nobody takes care of until the end.
-    unread: Option<DeviceEnd>,
-    /// Last value to each doorbell, by vCPU.
-    finals: Vec<[u32; 2]>,
-}
-
 /// A row set up.
-#[derive(Debug)]
 pub struct Rig {
     row: Row,
     pinning: Pinning,
@@ -77,34 +59,6 @@ pub struct Rig {
     reported: Wrong,
     // Last: detached when everything else is gone.
     _program: Option<Arc<Bpf>>,
-}
-
-/// Which values of the row can be checked.
-pub fn check_of(row: &Row) -> Check {
-    match (row.carrier, row.delivery) {
-        (Carrier::Ioeventfd | Carrier::SinkWithoutReader, _) => Check::Count,
-        (Carrier::Ebpf, Delivery::Latest) => Check::Latest,
-        _ => Check::Sequence,
-    }
-}
-
-fn region(row: &Row, vcpu: u32) -> Region {
-    if matches!(row.operation, Operation::PioIn | Operation::PioOut) {
-        return Region::pio(PORT, PORTS);
-    }
-    let mut region = Region::mmio(payload::base(row, vcpu), REGION_BYTES).user_data(vcpu.into());
-    if row.operation.rings() {
-        let doorbell = |i: u32| {
-            Doorbell::new(u64::from(i * STRIDE), Size::B4)
-                .delivery(row.delivery)
-                .sink(row.sink)
-                .wake(row.wake)
-        };
-        region.doorbells = (0..row.doorbells).map(doorbell).collect();
-        // KVM does not know doorbells: for it a region posts all writes or none.
-        region.posted_writes = row.carrier == Carrier::Ioregionfd;
-    }
-    region
 }
 
 impl Rig {
@@ -150,63 +104,16 @@ impl Rig {
             (_, Queues::PerVcpu) => row.vcpus,
         };
         for device in 0..devices {
-            let served = rig.serve(device)?;
+            let site = Site {
+                row: &rig.row,
+                vm: &rig.vm,
+                fd: rig.guest.vm(),
+                pinning: &rig.pinning,
+            };
+            let served = site.serve(device)?;
             rig.served.push(served);
         }
         Ok(rig)
-    }
-
-    fn serve(&self, device: u32) -> Result<Served> {
-        let row = &self.row;
-        let region = region(row, device);
-        let meter = Meter::new(check_of(row), row.operation, row.doorbells);
-        let finals = vec![[0; 2]; row.doorbells as usize];
-        let mut served = Served {
-            task: None,
-            meter: None,
-            unread: None,
-            finals,
-        };
-        if row.carrier == Carrier::KvmRun {
-            let mechanism = KvmRun::new(Arc::new(Mutex::new(meter.clone())));
-            let _ = self.vm.assign(&region, &mechanism)?;
-            served.meter = Some(meter);
-            return Ok(served);
-        }
-        let (channel, theirs) = if row.transport == Transport::Ioregionfd {
-            Channel::purpose_made(self.guest.vm())?
-        } else {
-            let (ours, theirs) = wire::pair(row.transport)?;
-            let channel = Channel::new(ours, Layout::default(), row.wait.patience());
-            (Arc::new(channel), theirs)
-        };
-        let mechanism: Box<dyn Mechanism> = match row.carrier {
-            Carrier::Forward => Box::new(Forward::new(&channel)),
-            Carrier::Ebpf => Box::new(Ebpf::new(&channel)),
-            Carrier::Ioregionfd => Box::new(Ioregionfd::new(&channel)),
-            _ => Box::new(Ioeventfd::new(&channel)),
-        };
-        let assigned = self.vm.assign(&region, &*mechanism)?;
-        if assigned.mechanism != mechanism.name() {
-            bail!("carried by {} ({})", assigned.mechanism, assigned.reason);
-        }
-        let end = assigned.attach(DeviceEnd::new(theirs, Layout::default()));
-        let cpu = self.pinning.device;
-        match row.placement {
-            Placement::Process => {
-                let task = Task::process(end, check_of(row), row.operation, row.doorbells, cpu)?;
-                served.task = Some(task);
-            }
-            Placement::Thread => {
-                served.task = Some(Task::thread(end, meter.clone(), row.wait, cpu)?);
-                served.meter = Some(meter);
-            }
-            Placement::Vcpu => {
-                served.unread = Some(end);
-                served.meter = Some(meter);
-            }
-        }
-        Ok(served)
     }
 
     /// Times `n` reference accesses on each vCPU: `CPUID`, which has nothing to do with devices.
@@ -245,6 +152,11 @@ impl Rig {
     pub fn run(&mut self, measure: Measure, n: u32) -> Result<Run> {
         let first = self.next[0];
         self.load(measure, n)?;
+        for served in &self.served {
+            if let Some(registers) = &served.registers {
+                registers.store(0, answer(self.reads).into());
+            }
+        }
         let exits = |vcpus: &[Vcpu]| vcpus.iter().map(|vcpu| vcpu.stats().exits).sum::<u64>();
         let exits_before = exits(&self.vcpus);
         let device_before = self.device_cost()?;
@@ -263,9 +175,9 @@ impl Rig {
         })
     }
 
-    /// Doorbells registered; each shall be rung once at least.
-    pub fn doorbells(&self) -> u32 {
-        self.row.doorbells
+    /// Accesses after which each doorbell or region has been used; shall be made once at least.
+    pub fn cycle(&self) -> u32 {
+        self.row.cycle()
     }
 
     /// Rings `n` times, each after the one before has been seen; returns how long the device
@@ -414,6 +326,14 @@ impl Rig {
         if !self.row.operation.reads() {
             return Ok(());
         }
+        if self.row.hook == Some(Hook::Answer) {
+            let expected = u64::from(answer(self.reads));
+            let log = self.guest.log(0)?;
+            let right = log.into_iter().filter(|value| *value == expected).count();
+            self.wrong_reads.count(n.into(), right as u64);
+            self.reads += u64::from(n);
+            return Ok(());
+        }
         let start = match self.row.operation {
             // The status register counts the doorbells up to the one just before.
             Operation::Mixed => first,
@@ -434,8 +354,16 @@ impl Rig {
         let mut wrong = self.wrong_reads;
         for device in 0..self.served.len() {
             let served = &mut self.served[device];
-            if let (Some(end), Some(meter)) = (served.unread.take(), &served.meter) {
-                serve_once(end, meter.clone())?;
+            match (served.unread.take(), &served.meter) {
+                (None, _) => {}
+                // What came over the wire takes a task.
+                (Some((end, device)), Some(meter)) if self.row.burst.is_some() => {
+                    let (meter, cpu) = (meter.clone(), self.pinning.device);
+                    let task = Task::thread(end, device, meter, Wait::Sleep, cpu, false)?;
+                    served.task = Some(task);
+                    self.settle()?;
+                }
+                (Some((end, device)), _) => serve_once(end, device)?,
             }
             wrong += self.look(device)?.0.wrong;
         }
@@ -451,19 +379,24 @@ impl Rig {
     /// Takes everything down.
     pub fn finish(self) -> Result<()> {
         let Self {
-            row,
-            vcpus,
-            vm,
-            served,
-            ..
+            vcpus, vm, served, ..
         } = self;
-        for (device, served) in (0..).zip(served) {
-            vm.remove(&region(&row, device))?;
-            served.task.map_or(Ok(()), Task::finish)?;
+        let mut tasks = Vec::new();
+        for served in served {
+            for region in &served.regions {
+                vm.remove(region)?;
+            }
+            tasks.extend(served.task);
         }
-        drop(vcpus);
-        Ok(())
+        // A task without a stop switch ends when nothing holds the other end of its wire any more.
+        drop((vcpus, vm));
+        tasks.into_iter().try_for_each(Task::finish)
     }
+}
+
+/// What the register file has during the run before which there were so many reads.
+fn answer(reads: u64) -> u32 {
+    reads as u32 + 1
 }
 
 /// Runs a vCPU to its `HLT`.

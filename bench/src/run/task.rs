@@ -1,15 +1,19 @@
 //! Device tasks on a thread or in a process, and what threads cost.
 
-use std::io::{BufRead, BufReader, Write};
-use std::os::fd::AsFd;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read as _, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 
 use anyhow::{Context, Result, anyhow, bail};
-use ioregion_dispatch::handoff;
+use ioregion_abi::wire::{Command, Layout, Operation, Response};
 use ioregion_dispatch::server::{DeviceEnd, Stats, Stop, WaitPolicy, serve};
+use ioregion_dispatch::{Access, Device, handoff, wire};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{Pid, gettid};
@@ -17,15 +21,17 @@ use serde::{Deserialize, Serialize};
 
 use super::hold::{Held, hold};
 use super::meter::{Check, Meter, Seen};
-use crate::scenarios::{Operation, Wait};
+use crate::scenarios::{self, Wait};
 
-/// CPU time and voluntary context switches of a thread since it began.
+/// CPU time and context switches of a thread since it began.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 pub struct Cost {
     /// CPU time in nanoseconds.
     pub cpu_ns: u64,
     /// Voluntary context switches.
     pub switches: u64,
+    /// Involuntary ones.
+    pub preemptions: u64,
 }
 
 impl Cost {
@@ -35,15 +41,15 @@ impl Cost {
         let clock = ClockId::from_raw(!thread.as_raw() << 3 | 6);
         let time = clock_gettime(clock).context("CPU clock of a thread")?;
         let status = std::fs::read_to_string(format!("/proc/self/task/{thread}/status"))?;
-        let switches = status
-            .lines()
-            .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
-        let switches = switches
-            .and_then(|n| n.trim().parse().ok())
-            .context("context switches")?;
+        let count = |name| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            let count = line.and_then(|n| n.trim().parse().ok());
+            count.with_context(|| format!("{name} context switches of a thread"))
+        };
         Ok(Self {
             cpu_ns: time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64,
-            switches,
+            switches: count("voluntary_ctxt_switches:")?,
+            preemptions: count("nonvoluntary_ctxt_switches:")?,
         })
     }
 
@@ -52,6 +58,7 @@ impl Cost {
         Self {
             cpu_ns: self.cpu_ns.saturating_sub(earlier.cpu_ns),
             switches: self.switches.saturating_sub(earlier.switches),
+            preemptions: self.preemptions.saturating_sub(earlier.preemptions),
         }
     }
 }
@@ -60,6 +67,7 @@ impl std::ops::AddAssign for Cost {
     fn add_assign(&mut self, other: Self) {
         self.cpu_ns += other.cpu_ns;
         self.switches += other.switches;
+        self.preemptions += other.preemptions;
     }
 }
 
@@ -86,6 +94,15 @@ pub fn pin(cpu: Option<usize>) -> Result<()> {
     set.set(cpu)?;
     sched_setaffinity(Pid::from_raw(0), &set)
         .with_context(|| format!("binding a thread to CPU {cpu}"))
+}
+
+/// From now on the calling thread runs only while nobody else wants its CPU.
+fn only_in_gaps() -> Result<()> {
+    let param = libc::sched_param { sched_priority: 0 };
+    // SAFETY: `param` lives until the call returns; 0 is the calling thread.
+    let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const param) };
+    Errno::result(result).context("SCHED_IDLE")?;
+    Ok(())
 }
 
 /// A device task under way.
@@ -128,18 +145,29 @@ struct Order {
 type Question = ([u32; 2], Vec<[u32; 2]>);
 
 impl Task {
-    /// Serves `meter` on a thread on `cpu`.
-    pub fn thread(end: DeviceEnd, meter: Meter, wait: Wait, cpu: Option<usize>) -> Result<Self> {
+    /// Serves `device` on a thread on `cpu`, which has `meter`'s figures; with `in_gaps` only while
+    /// nobody else wants that CPU.
+    pub fn thread(
+        end: DeviceEnd,
+        mut device: Box<dyn Device>,
+        meter: Meter,
+        wait: Wait,
+        cpu: Option<usize>,
+        in_gaps: bool,
+    ) -> Result<Self> {
         let stop = Stop::new()?;
         let (started, id) = mpsc::channel();
         let handle = {
-            let (mut meter, stop) = (meter.clone(), stop.clone());
+            let stop = stop.clone();
             std::thread::Builder::new()
                 .name("device".into())
                 .spawn(move || {
                     pin(cpu)?;
+                    if in_gaps {
+                        only_in_gaps()?;
+                    }
                     let _ = started.send(gettid());
-                    Ok(serve(end, &mut meter, wait.policy(), &stop)?)
+                    Ok(serve(end, &mut *device, wait.policy(), &stop)?)
                 })?
         };
         let id = id
@@ -154,18 +182,44 @@ impl Task {
         }))
     }
 
+    /// Serves `meter` on a thread on `cpu` without the library's server: it sleeps in `read`, and
+    /// ends when KVM or the VMM closes the other end.
+    pub fn direct(fd: OwnedFd, meter: Meter, cpu: Option<usize>) -> Result<Self> {
+        let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
+        fcntl(&fd, FcntlArg::F_SETFL(flags & !OFlag::O_NONBLOCK))?;
+        let (started, id) = mpsc::channel();
+        let mut device = meter.clone();
+        let handle = std::thread::Builder::new()
+            .name("device".into())
+            .spawn(move || {
+                pin(cpu)?;
+                let _ = started.send(gettid());
+                serve_direct(File::from(fd), &mut device)
+            })?;
+        let id = id
+            .recv()
+            .map_err(|_| anyhow!("the device task did not start"))?;
+        Ok(Self::Thread(Thread {
+            stop: Stop::new()?,
+            handle,
+            meter,
+            id,
+            polls: false,
+        }))
+    }
+
     /// Serves a device like [`Meter::new`]'s in a process on `cpu`.
     pub fn process(
         end: DeviceEnd,
         check: Check,
-        operation: Operation,
+        operation: scenarios::Operation,
         doorbells: u32,
         cpu: Option<usize>,
     ) -> Result<Self> {
         let (socket, theirs) = UnixStream::pair()?;
-        let child = Command::new("/proc/self/exe")
+        let child = std::process::Command::new("/proc/self/exe")
             .arg("device")
-            .stdin(Stdio::from(std::os::fd::OwnedFd::from(theirs)))
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
             .spawn()
             .context("starting the device process")?;
         let answers = BufReader::new(socket.try_clone()?);
@@ -174,7 +228,7 @@ impl Task {
             socket,
             answers,
         };
-        let mixed = operation == Operation::Mixed;
+        let mixed = operation == scenarios::Operation::Mixed;
         process.say(&Order {
             check,
             mixed,
@@ -261,7 +315,7 @@ impl Process {
 fn read_line(mut socket: &UnixStream) -> Result<Option<String>> {
     let mut line = Vec::new();
     let mut byte = [0];
-    while std::io::Read::read(&mut socket, &mut byte)? == 1 {
+    while socket.read(&mut byte)? == 1 {
         if byte == *b"\n" {
             return Ok(Some(String::from_utf8(line)?));
         }
@@ -285,12 +339,12 @@ pub fn device_process() -> Result<()> {
     answer(serde_json::to_string("ready")?)?;
     let end = handoff::recv(&socket)?;
     let operation = if mixed {
-        Operation::Mixed
+        scenarios::Operation::Mixed
     } else {
-        Operation::Posted
+        scenarios::Operation::Posted
     };
     let meter = Meter::new(check, operation, doorbells);
-    let mut task = Task::thread(end, meter, Wait::Sleep, cpu)?;
+    let mut task = Task::thread(end, Box::new(meter.clone()), meter, Wait::Sleep, cpu, false)?;
     while let Some(line) = read_line(&socket)? {
         let (ends, finals): Question = serde_json::from_str(&line)?;
         answer(serde_json::to_string(&task.look(ends, &finals)?)?)?;
@@ -298,10 +352,39 @@ pub fn device_process() -> Result<()> {
     task.finish()
 }
 
+/// One `read` and one `write` for each command that is answered.
+fn serve_direct(mut file: File, device: &mut dyn Device) -> Result<Stats> {
+    let mut message = [0; wire::MESSAGE_LEN];
+    loop {
+        match file.read_exact(&mut message) {
+            Ok(()) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+                return Ok(Stats::default());
+            }
+            Err(error) => return Err(error).context("reading a command"),
+        }
+        let command = Command::decode(&message, Layout::default())?;
+        let access = Access {
+            user_data: command.user_data,
+            offset: command.offset,
+            size: command.size,
+        };
+        let mut data = 0;
+        match command.operation {
+            Operation::Read => data = device.read(access),
+            Operation::Write => device.write(access, command.data),
+        }
+        if command.response {
+            let response = Response { data }.encode();
+            file.write_all(&response).context("responding")?;
+        }
+    }
+}
+
 /// Delivers what `end` holds, without a task.
-pub fn serve_once(end: DeviceEnd, mut meter: Meter) -> Result<()> {
+pub fn serve_once(end: DeviceEnd, mut device: Box<dyn Device>) -> Result<()> {
     let stop = Stop::new()?;
     stop.trigger();
-    serve(end, &mut meter, WaitPolicy::Sleep, &stop)?;
+    serve(end, &mut *device, WaitPolicy::Sleep, &stop)?;
     Ok(())
 }

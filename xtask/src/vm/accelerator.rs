@@ -22,6 +22,8 @@ pub enum Choice {
     Auto,
     /// Emulation
     Tcg,
+    /// Emulation with CPUs that run at the same time: a guest in the VM hangs now and then
+    TcgParallel,
     /// KVM
     Kvm,
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use clap::{Args, ValueEnum};
+use clap::{Args, Parser, ValueEnum};
 
 use super::accelerator::Choice;
 use super::plants::Plant;
@@ -28,7 +28,8 @@ pub enum KernelChoice {
 }
 
 impl KernelChoice {
-    fn name(self) -> &'static str {
+    /// The word on the command line.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Stock => "stock",
             Self::Patched => "patched",
@@ -73,6 +74,9 @@ pub struct VmArgs {
     /// Pack a program of this machine with its libraries, for tests that start it (repeatable)
     #[arg(long = "tool", value_name = "NAME")]
     pub tools: Vec<String>,
+    /// Put a file of this machine at a path of the VM (repeatable)
+    #[arg(long = "file", value_name = "FILE=PATH")]
+    pub files: Vec<String>,
     /// Load a further module of the stock kernel (repeatable)
     #[arg(long = "module", value_name = "NAME")]
     pub modules: Vec<String>,
@@ -104,12 +108,29 @@ pub struct VmArgs {
     /// Keep the initramfs and print the command that boots it again
     #[arg(long)]
     pub keep: bool,
+    /// The VM's first process, where it is built already
+    #[arg(skip)]
+    pub init: Option<PathBuf>,
     /// Arguments for the programs, for example a test's name or --nocapture
     #[arg(last = true)]
     pub args: Vec<String>,
 }
 
+/// The options by themselves.
+#[derive(Debug, Parser)]
+struct Alone {
+    #[command(flatten)]
+    args: VmArgs,
+}
+
 impl VmArgs {
+    /// What is the case where only a kernel is named.
+    pub fn plain(kernel: KernelChoice) -> Self {
+        let Alone { mut args } = Alone::parse_from(["vm"]);
+        args.kernel = kernel;
+        args
+    }
+
     /// The name of the working folder.
     pub fn kernel_name(&self) -> &'static str {
         match self.image {
@@ -177,17 +198,10 @@ pub fn program_and_arguments(words: &str) -> Result<(PathBuf, Vec<String>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::Parser;
-
-    #[derive(Debug, Parser)]
-    struct Cli {
-        #[command(flatten)]
-        vm: VmArgs,
-    }
 
     fn parse(line: &str) -> std::result::Result<VmArgs, clap::Error> {
         let words = std::iter::once("vm").chain(line.split_whitespace());
-        Cli::try_parse_from(words).map(|cli| cli.vm)
+        Alone::try_parse_from(words).map(|alone| alone.args)
     }
 
     #[test]

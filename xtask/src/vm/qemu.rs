@@ -27,6 +27,8 @@ const POWER_OFF: Duration = Duration::from_secs(30);
 pub enum Accelerator {
     /// QEMU's emulation, with AMD's virtualization emulated too.
     Emulation,
+    /// The same with CPUs that run at the same time.
+    Parallel,
     /// Emulation in which time is the count of instructions, each 2^`shift` ns.
     Counted {
         /// 0 to 10.
@@ -130,6 +132,7 @@ impl Machine {
             // CPUs in turn: in parallel they lose races with code that Linux rewrites, and nested
             // guests get exceptions that nothing caused.
             Accelerator::Emulation => "-accel tcg,thread=single -cpu EPYC,+svm".into(),
+            Accelerator::Parallel => "-accel tcg,thread=multi -cpu EPYC,+svm".into(),
             Accelerator::Counted { shift } => format!(
                 "-accel tcg,thread=single -cpu EPYC,+svm -icount shift={shift},sleep=off \
                  -rtc base=2026-01-01,clock=vm -seed 1"
@@ -350,6 +353,7 @@ mod tests {
         ] {
             assert!(counted.contains(part), "{part}: {counted}");
         }
+        assert!(line(Accelerator::Parallel).contains("tcg,thread=multi"));
         assert!(line(Accelerator::Kvm).contains("-accel kvm -cpu host"));
     }
 

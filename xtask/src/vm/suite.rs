@@ -12,6 +12,8 @@ use crate::sh::Cmd;
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// Apart from the host's programs, whose flags differ: neither build throws the other away.
 const TARGET_DIR: &str = "target/vm-build";
+/// Apart from both, so that it can be built from nothing while tests run.
+pub const BENCH_DIR: &str = "target/vm-bench";
 
 /// A test program.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,24 +34,45 @@ pub struct Suite {
 }
 
 fn cargo(root: &Path, command: &str) -> Cmd {
+    cargo_in(root, TARGET_DIR, command)
+}
+
+fn cargo_in(root: &Path, dir: &str, command: &str) -> Cmd {
     Cmd::line(command)
-        .args(["--release", "--target", TARGET, "--target-dir", TARGET_DIR])
+        .args(["--release", "--target", TARGET, "--target-dir", dir])
         .env("RUSTFLAGS", "-C target-feature=+crt-static")
         // Only what runs goes into the VM.
         .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
         .dir(root)
 }
 
+/// Builds a program in a folder for builds, which is relative to `root`.
+pub fn program(root: &Path, dir: &str, package: &str, name: &str) -> Result<PathBuf> {
+    cargo_in(root, dir, "cargo build")
+        .args(["--package", package, "--bin", name])
+        .run()?;
+    Ok(root.join(dir).join(TARGET).join("release").join(name))
+}
+
+/// Removes a folder for builds.
+pub fn clean(root: &Path, dir: &str) -> Result<()> {
+    let dir = root.join(dir);
+    match std::fs::remove_dir_all(&dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("removing {}", dir.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Builds the VM's first process.
 pub fn init(root: &Path) -> Result<PathBuf> {
-    cargo(root, "cargo build --package ioregion-init --bin init").run()?;
-    Ok(root.join(TARGET_DIR).join(TARGET).join("release/init"))
+    program(root, TARGET_DIR, "ioregion-init", "init")
 }
 
 /// Builds the program that plants faults.
 pub fn plant(root: &Path) -> Result<PathBuf> {
-    cargo(root, "cargo build --package ioregion-init --bin plant").run()?;
-    Ok(root.join(TARGET_DIR).join(TARGET).join("release/plant"))
+    program(root, TARGET_DIR, "ioregion-init", "plant")
 }
 
 /// The name of the kernel's own tests.
