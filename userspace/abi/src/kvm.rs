@@ -21,7 +21,7 @@ pub const KVM_CHECK_EXTENSION: u64 = ioctl(0, 0x03, 0);
 /// The capability; `KVM_CHECK_EXTENSION` returns the revision of the interface.
 pub const KVM_CAP_IOREGIONFD: u64 = 0xf0f0;
 /// The revision that this module describes.
-pub const KVM_IOREGION_ABI_VERSION: i32 = 1;
+pub const KVM_IOREGION_ABI_VERSION: i32 = 2;
 /// `_IOW(KVMIO, 0x79, struct kvm_ioeventfd)`: mainline's ioeventfd, issued directly because a
 /// wildcard with an explicit length cannot be expressed by kvm-ioctls.
 pub const KVM_IOEVENTFD: u64 = ioctl(1, 0x79, 64);

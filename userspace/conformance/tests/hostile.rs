@@ -2,17 +2,18 @@
 
 mod support;
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::time::Duration;
 
 use anyhow::Result;
 use ioregion_abi::wire::{Layout, Response};
 use ioregion_conformance::pace::amount;
-use ioregion_conformance::{Kind, Rig, Task};
+use ioregion_conformance::{Kind, Rig, Task, maps};
 use ioregion_dispatch::mechanism::Forward;
 use ioregion_dispatch::server::{DeviceEnd, WaitPolicy};
+use ioregion_dispatch::source::{Port, PortParts, SlotDoorbell};
 use ioregion_dispatch::wire::{Try, Wire};
-use ioregion_dispatch::{Bus, Channel, Exit, RegionId, Transport};
+use ioregion_dispatch::{Bus, Channel, Exit, RegionId, Size, Transport};
 use ioregion_microguest::{MMIO_BASE, Program};
 use nix::sys::signal::Signal;
 use rand::{Rng as _, SeedableRng as _};
@@ -294,5 +295,79 @@ fn device_that_dies_with_a_command_in_its_hands_reads_all_ones() -> Result<()> {
         assert_eq!(log[0], 0x5520, "{transport}");
         assert_eq!(told.len(), 1, "{transport}: {told:?}");
     }
+    Ok(())
+}
+
+/// Makes a BPF map that user space can map, as far as its type allows.
+fn bpf_map(kind: u32, [key, value, entries, flags]: [u32; 4]) -> Result<OwnedFd> {
+    // The start of `union bpf_attr` for `BPF_MAP_CREATE`.
+    let attr = [kind, key, value, entries, flags];
+    // SAFETY: The kernel reads as many bytes as there are.
+    let fd = unsafe { libc::syscall(libc::SYS_bpf, 0, attr.as_ptr(), size_of_val(&attr)) };
+    anyhow::ensure!(fd >= 0, "{}", std::io::Error::last_os_error());
+    // SAFETY: The kernel has just made it, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(i32::try_from(fd)?) })
+}
+
+#[test]
+fn descriptors_that_are_not_the_maps_of_a_port_are_refused_before_they_are_touched() -> Result<()> {
+    const MMAPABLE: u32 = 1 << 10;
+    let array = |value, entries| bpf_map(maps::ARRAY, [4, value, entries, MMAPABLE]);
+    let ring = || bpf_map(maps::RINGBUF, [0, 0, 4096, 0]);
+    let rig = Rig::with(None)?;
+    let vcpu = rig.guest.vcpu(0, &Program::new())?;
+    let vcpu = || -> Result<OwnedFd> {
+        // SAFETY: `vcpu` is open as long as the closure.
+        Ok(unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) }.try_clone_to_owned()?)
+    };
+    let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let socket =
+        || -> Result<OwnedFd> { Ok(std::net::TcpStream::connect(listener.local_addr()?)?.into()) };
+    let eventfd = || -> Result<OwnedFd> { Ok(nix::sys::eventfd::EventFd::new()?.into()) };
+    // Two blocks of slots.
+    let doorbells: Vec<_> = (0..64)
+        .map(|index| SlotDoorbell {
+            index,
+            offset: u64::from(index) * 4,
+            size: Size::B4,
+        })
+        .collect();
+    let port = |slots, controls, ringbuf| {
+        Port::new(PortParts {
+            user_data: 0,
+            doorbells: doorbells.clone(),
+            slots,
+            controls,
+            eventfd: None,
+            ringbuf: Some(ringbuf),
+        })
+    };
+    port(array(1024, 2)?, array(8, 1)?, ring()?)?;
+    let refused = |what: &str, port: std::io::Result<Port>| {
+        let error = port.expect_err(what);
+        assert_eq!(
+            error.kind(),
+            std::io::ErrorKind::InvalidInput,
+            "{what}: {error}"
+        );
+    };
+    let strangers = [
+        ("a socket", socket()?, socket()?, socket()?),
+        ("an eventfd", eventfd()?, eventfd()?, eventfd()?),
+        ("a vCPU", vcpu()?, vcpu()?, vcpu()?),
+        ("another map", ring()?, array(1024, 2)?, array(8, 512)?),
+        (
+            "another array",
+            array(8, 256)?,
+            array(16, 1)?,
+            array(8, 4096)?,
+        ),
+    ];
+    for (what, first, second, third) in strangers {
+        refused(what, port(first, array(8, 1)?, ring()?));
+        refused(what, port(array(1024, 2)?, second, ring()?));
+        refused(what, port(array(1024, 2)?, array(8, 1)?, third));
+    }
+    refused("one block", port(array(1024, 1)?, array(8, 1)?, ring()?));
     Ok(())
 }

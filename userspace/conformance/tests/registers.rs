@@ -8,10 +8,11 @@ use anyhow::{Context as _, Result};
 use ioregion_abi::bpf::MAX_REGISTERS;
 use ioregion_abi::wire::Layout;
 use ioregion_conformance::{Kind, Recorder, Rig, Task, Told, channel, kinds, mechanism};
+use ioregion_dispatch::mechanism::{Auto, Ebpf, Forward};
 use ioregion_dispatch::server::{DeviceEnd, WaitPolicy};
 use ioregion_dispatch::{
-    Access, Answered, Bus, Device, Doorbell, Program as Bpf, Region, RegionErrorKind, RegisterFile,
-    Ring, Size, handoff,
+    Access, Answered, Bus, Channel, Device, Doorbell, Program as Bpf, Region, RegionErrorKind,
+    RegisterFile, Ring, Size, Transport, Via, handoff,
 };
 use ioregion_microguest::{MMIO_BASE, Program};
 use nix::errno::Errno;
@@ -229,23 +230,64 @@ fn a_file_that_kvm_cannot_read_is_refused_where_it_would_have_to() -> Result<()>
         let rig = Rig::new()?;
         // Of a VM without a program, so in plain memory.
         let registers = Rig::with(None)?.vm.registers(6)?;
-        let (channel, _wire) = channel(&rig, kind)?;
         let region = region(Bus::Mmio, &registers);
-        let assigned = rig.vm.assign(&region, &*mechanism(kind, &channel)?);
-        let refused = assigned.err().map(|error| {
+        let (channel, wire) = channel(&rig, kind)?;
+        if kind.is_hooked() {
+            let forced = Ebpf::new(&channel).via(Via::Hook);
+            let error = rig.vm.assign(&region, &forced).expect_err("a forced hook");
             assert!(error.to_string().contains("Vm::registers"), "{error}");
             assert_eq!(error.errno(), Errno::EINVAL);
             assert!(matches!(error.kind, RegionErrorKind::RegisterFileKind));
-        });
-        assert_eq!(refused.is_some(), kind.is_hooked());
-        // Nothing is left of it.
-        let registers = rig.vm.registers(6)?;
-        let region = self::region(Bus::Mmio, &registers);
-        if kind.is_hooked() {
-            let _ = rig.vm.assign(&region, &*mechanism(kind, &channel)?)?;
+            // Nothing is left of it, and KVM has not had the channel.
+            let forward = Forward::new(&channel);
+            if kind.transport == Transport::Stream {
+                let _ = rig.vm.assign(&region, &forward)?;
+                rig.vm.remove(&region)?;
+            }
+            let registers = rig.vm.registers(6)?;
+            let readable = self::region(Bus::Mmio, &registers);
+            let _ = rig.vm.assign(&readable, &forced)?;
+            rig.vm.remove(&readable)?;
+            drop(wire);
+            if kind.transport == Transport::Ioregionfd {
+                // Good for KVM only.
+                continue;
+            }
         }
-        rig.vm.remove(&region)?;
+        // Whoever is not asked for the hook does without, and says why.
+        let device = Recorder::answering(|_, _| 0x77);
+        let (channel, wire) = self::channel(&rig, kind)?;
+        let assigned = rig.vm.assign(&region, &*mechanism(kind, &channel)?)?;
+        if kind.is_ebpf() {
+            assert_eq!(assigned.via, Some(Via::Tracepoints));
+        }
+        if kind.is_hooked() {
+            let reason = &assigned.reason;
+            assert!(reason.contains("Vm::registers"), "{reason}");
+        }
+        let end = assigned.attach(DeviceEnd::new(wire, Layout::default()));
+        let _task = Task::spawn(end, device, WaitPolicy::Sleep)?;
+        let mut program = Program::new();
+        program.read(Bus::Mmio, MMIO_BASE + ANSWERED, 4);
+        assert_eq!(rig.run(&program)?.0, [0x77]);
     }
+    Ok(())
+}
+
+#[test]
+fn auto_carries_a_region_whose_file_kvm_cannot_read() -> Result<()> {
+    let rig = Rig::new()?;
+    let registers = Rig::with(None)?.vm.registers(6)?;
+    let region = region(Bus::Mmio, &registers);
+    let (channel, wire) = Channel::pair(Transport::Stream)?;
+    let assigned = rig.vm.assign(&region, &Auto::new(&channel))?;
+    assert_ne!(assigned.via, Some(Via::Hook));
+    let end = assigned.attach(DeviceEnd::new(wire, Layout::default()));
+    let device = Recorder::answering(|_, _| 0x77);
+    let _task = Task::spawn(end, device, WaitPolicy::Sleep)?;
+    let mut program = Program::new();
+    program.read(Bus::Mmio, MMIO_BASE + ANSWERED, 4);
+    assert_eq!(rig.run(&program)?.0, [0x77]);
     Ok(())
 }
 

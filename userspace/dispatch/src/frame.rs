@@ -11,7 +11,7 @@ use serde::{Serialize, de::DeserializeOwned};
 mod scm;
 
 /// Most descriptors of a frame.
-const MAX_DESCRIPTORS: u32 = 1 << 17;
+pub(crate) const MAX_DESCRIPTORS: u32 = 1 << 17;
 const MAGIC: u32 = u32::from_le_bytes(*b"iorg");
 /// Descriptors in one message.
 const BATCH: usize = 200;
@@ -81,10 +81,11 @@ pub(crate) fn send<T: Serialize>(
 }
 
 /// Receives a frame, waiting until it is complete. Descriptors are closed on `exec`, and if
-/// anything is wrong, at once.
+/// anything is wrong, at once; of a frame that announces more than `max_fds`, none is taken.
 pub(crate) fn recv<T: DeserializeOwned>(
     mut socket: &UnixStream,
     max_text: u32,
+    max_fds: u32,
 ) -> Result<(T, Vec<OwnedFd>), FrameError> {
     let mut header = [0; 12];
     socket.read_exact(&mut header)?;
@@ -93,7 +94,7 @@ pub(crate) fn recv<T: DeserializeOwned>(
         return Err(FrameError::Magic(word(0)));
     }
     let text_len = check_limit("text", word(1).into(), max_text)?;
-    let fds_len = check_limit("descriptors", word(2).into(), MAX_DESCRIPTORS)? as usize;
+    let fds_len = check_limit("descriptors", word(2).into(), max_fds)? as usize;
     // Grows with what really arrives.
     let mut text = Vec::new();
     socket.take(text_len.into()).read_to_end(&mut text)?;

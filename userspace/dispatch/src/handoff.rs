@@ -107,7 +107,7 @@ pub fn send(socket: &UnixStream, end: DeviceEnd) -> Result<(), HandoffError> {
 ///
 /// [`HandoffError`].
 pub fn recv(socket: &UnixStream) -> Result<DeviceEnd, HandoffError> {
-    let (description, fds) = frame::recv(socket, MAX_DESCRIPTION)?;
+    let (description, fds) = frame::recv(socket, MAX_DESCRIPTION, frame::MAX_DESCRIPTORS)?;
     put_together(description, fds)
 }
 

@@ -10,7 +10,7 @@ use ioregion_abi::bpf::MAX_REGISTERS;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use crate::sys::mmap::Mapping;
+use crate::sys::mmap::{MapKind, Mapping};
 
 /// An array of registers in shared memory, from which reads are answered without the device
 /// where that is possible: see [`Answered`](crate::Answered).
@@ -54,13 +54,18 @@ impl RegisterFile {
         Self::mapped(fd, len, true)
     }
 
-    /// A file that another process says this is. What it is says the kernel when it is used.
+    /// A file that another process says this is.
     pub(crate) fn received(fd: OwnedFd, len: u32, is_map: bool) -> io::Result<Self> {
         Self::mapped(fd, len, is_map)
     }
 
     fn mapped(fd: OwnedFd, len: u32, is_map: bool) -> io::Result<Self> {
-        let words = Mapping::new(fd.as_fd(), 0, check_len(len)?, true)?;
+        let bytes = check_len(len)?;
+        let words = if is_map {
+            Mapping::of_map(fd.as_fd(), MapKind::Array(8), 0, bytes, true)?
+        } else {
+            Mapping::of_memory(fd.as_fd(), bytes, true)?
+        };
         Ok(Self(Arc::new(Inner {
             words,
             fd,

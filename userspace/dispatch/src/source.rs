@@ -14,7 +14,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 
 use crate::arm;
 use crate::device::Ring;
-use crate::sys::mmap::Mapping;
+use crate::sys::mmap::{MapKind, Mapping};
 
 /// Most doorbells of one source.
 pub const MAX_DOORBELLS: usize = 1 << 20;
@@ -272,15 +272,18 @@ impl Port {
     ///
     /// # Errors
     ///
-    /// The system's, above all where a map is smaller than the number of doorbells demands;
-    /// `InvalidInput` if there is no doorbell, or more than [`MAX_DOORBELLS`].
+    /// The system's; `InvalidInput` if there is no doorbell or more than [`MAX_DOORBELLS`], or if
+    /// a descriptor leads to no such map, or to one that is smaller than the number of doorbells
+    /// demands. (That takes `/proc` and the `bpf` system call.)
     pub fn new(parts: PortParts) -> io::Result<Self> {
         let count = parts.doorbells.len();
         check_count(count)?;
         let blocks = SlotBlock::count(count as u32) as usize;
         let len = blocks * size_of::<SlotBlock>();
-        let slots = Mapping::new(parts.slots.as_fd(), 0, len, false)?;
-        let controls = Mapping::new(parts.controls.as_fd(), 0, CONTROL_WORDS as usize * 8, true)?;
+        let kind = MapKind::Array(size_of::<SlotBlock>() as u32);
+        let slots = Mapping::of_map(parts.slots.as_fd(), kind, 0, len, false)?;
+        let (kind, len) = (MapKind::Array(8), CONTROL_WORDS as usize * 8);
+        let controls = Mapping::of_map(parts.controls.as_fd(), kind, 0, len, true)?;
         let ring = parts
             .ringbuf
             .as_ref()
@@ -431,8 +434,8 @@ impl WakeRing {
             .and_then(|size| usize::try_from(size).ok())
             .ok_or(Errno::EINVAL)?;
         Ok(Self {
-            reader: Mapping::new(fd, 0, page, true)?,
-            writer: Mapping::new(fd, page, page, false)?,
+            reader: Mapping::of_map(fd, MapKind::Ring, 0, page, true)?,
+            writer: Mapping::of_map(fd, MapKind::Ring, page, page, false)?,
         })
     }
 

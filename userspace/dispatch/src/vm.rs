@@ -184,7 +184,9 @@ impl Vm {
     ///
     /// [`RegionError`], with the errno of `KVM_SET_IOREGION`: `EINVAL` for a bad region or one
     /// that lies within another, `EEXIST` for an overlap, `EBADF` for a broken channel. Nothing
-    /// is left half-assigned.
+    /// is left half-assigned; only where KVM has taken a region and then refuses the program for it
+    /// ([`Via::Hook`]) is the channel good for nobody but KVM from then on, since a command may have
+    /// been sent.
     pub fn assign(
         &self,
         region: &Region,

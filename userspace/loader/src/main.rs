@@ -1,11 +1,13 @@
 //! Holds the eBPF program for VMMs that may not load one.
 
+use std::convert::Infallible;
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
@@ -35,6 +37,9 @@ struct Options {
     object: Option<PathBuf>,
 }
 
+/// How long to wait for descriptors or memory before the next client is looked at.
+const BACK_OFF: Duration = Duration::from_millis(100);
+
 fn octal(text: &str) -> Result<u32, String> {
     match u32::from_str_radix(text, 8) {
         Ok(mode) if mode <= 0o777 => Ok(mode),
@@ -47,7 +52,7 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .init();
     match run(Options::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(never) => match never {},
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
@@ -55,7 +60,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(options: Options) -> Result<()> {
+fn run(options: Options) -> Result<Infallible> {
     let path = match options.object {
         Some(path) => path,
         None => Program::find()?,
@@ -63,6 +68,11 @@ fn run(options: Options) -> Result<()> {
     let object: Arc<[u8]> = std::fs::read(&path)
         .with_context(|| path.display().to_string())?
         .into();
+    // Before any client can have taken what it needs: what the kernel can do is found out with the
+    // first program, once and for all.
+    if let Err(error) = Program::load(&object) {
+        tracing::warn!(%error, "VMMs will be refused while this is so");
+    }
     let socket = &options.socket;
     // A socket is left behind when its owner is killed; anything else is not ours to remove.
     if UnixStream::connect(socket).is_ok() {
@@ -75,17 +85,25 @@ fn run(options: Options) -> Result<()> {
     std::fs::set_permissions(socket, Permissions::from_mode(options.mode))
         .with_context(|| socket.display().to_string())?;
     tracing::info!(socket = %socket.display(), object = %path.display(), "listening");
-    for client in listener.incoming() {
-        let client = client.context("accepting a connection")?;
-        let object = Arc::clone(&object);
-        std::thread::Builder::new()
-            .name("vmm".into())
-            .spawn(move || match ebpf::serve_vmm(&client, &object) {
-                Ok(()) => tracing::info!("a VMM hung up; its program is detached"),
-                Err(error) => tracing::warn!(%error, "dropped a VMM"),
-            })?;
+    // What goes wrong with one client must not take the program from the others.
+    loop {
+        let served = listener.accept().and_then(|(client, _)| {
+            let object = Arc::clone(&object);
+            std::thread::Builder::new()
+                .name("vmm".into())
+                .spawn(move || match ebpf::serve_vmm(&client, &object) {
+                    Ok(()) => tracing::info!("a VMM hung up; its program is detached"),
+                    Err(error) => tracing::warn!(%error, "dropped a VMM"),
+                })
+        });
+        if let Err(error) = served {
+            tracing::warn!(%error, "cannot serve a VMM");
+            if error.kind() != std::io::ErrorKind::ConnectionAborted {
+                // The limit of open files, of threads, of memory: others must give back first.
+                std::thread::sleep(BACK_OFF);
+            }
+        }
     }
-    Ok(())
 }
 
 fn is_socket(meta: &std::fs::Metadata) -> bool {

@@ -55,7 +55,13 @@ struct Bound {
 impl Binding {
     pub(crate) fn new(vm: Option<&Arc<VmProgram>>, vcpu: &VcpuFd) -> io::Result<Self> {
         let Some(vm) = vm else { return Ok(Self(None)) };
-        let record = vm.control().new_record(vm.vm())?;
+        if vm.is_unsunk() {
+            return Ok(Self(None));
+        }
+        let record = match vm.control().new_record(vm.vm()) {
+            Err(error) if vm.failed_for_good(&error) => return Ok(Self(None)),
+            record => record?,
+        };
         vm.add_vcpu(vcpu, record)?;
         let serial = NEXT_SERIAL.fetch_add(1, Ordering::Relaxed);
         Ok(Self(Some(Bound {
@@ -66,7 +72,8 @@ impl Binding {
         })))
     }
 
-    /// Makes sure that the program knows the calling thread as this vCPU's.
+    /// Makes sure that the program knows the calling thread as this vCPU's, unless it is gone: then
+    /// there is nothing that it would have to see.
     pub(crate) fn enter(&mut self) -> io::Result<()> {
         CURRENT.with_borrow_mut(|current| {
             let Some(bound) = &mut self.0 else {
@@ -80,6 +87,9 @@ impl Binding {
             {
                 return Ok(());
             }
+            if bound.vm.is_unsunk() {
+                return Ok(());
+            }
             let program = bound.vm.program();
             let thread = bpf::test_run(program.control().whoami())?;
             if let Some(old) = bound.thread.take_if(|old| *old != thread) {
@@ -87,7 +97,10 @@ impl Binding {
             }
             // First, because the old binding may be one of this same vCPU, which has been elsewhere.
             *current = None;
-            program.bind(thread, bound.serial, bound.record)?;
+            match program.bind(thread, bound.serial, bound.record) {
+                Err(error) if bound.vm.failed_for_good(&error) => return Ok(()),
+                bound => bound?,
+            }
             bound.thread = Some(thread);
             let program = Arc::downgrade(program);
             *current = Some(OnThread {
@@ -122,6 +135,9 @@ impl Drop for Binding {
             bound.vm.program().unbind(thread, bound.serial);
         }
         bound.vm.remove_vcpu(bound.record);
+        if bound.vm.is_unsunk() {
+            return;
+        }
         if let Err(error) = bound.vm.control().free_record(bound.record) {
             tracing::warn!(%error, "cannot free a vCPU record");
         }

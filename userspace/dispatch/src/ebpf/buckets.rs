@@ -23,7 +23,7 @@ impl Threads {
     pub(super) fn new(map: BorrowedFd<'_>) -> std::io::Result<Self> {
         let len = THREAD_BUCKETS as usize * size_of::<ThreadBucket>();
         Ok(Self {
-            buckets: Mapping::new(map, 0, len, true)?,
+            buckets: Mapping::of_kernel(map, 0, len, true)?,
             bound: HashMap::new(),
         })
     }
@@ -66,7 +66,7 @@ impl Doorbells {
     pub(super) fn new(map: BorrowedFd<'_>) -> std::io::Result<Self> {
         let len = (1 << DOORBELL_BUCKETS_SHIFT) * size_of::<DoorbellBucket>();
         Ok(Self {
-            buckets: Mapping::new(map, 0, len, true)?,
+            buckets: Mapping::of_kernel(map, 0, len, true)?,
             keys: HashMap::new(),
             stale: HashSet::new(),
         })

@@ -6,16 +6,14 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-use ioregion_abi::bpf::{MAX_DOORBELLS, MAX_REGISTERS};
+use ioregion_abi::bpf::{CONTROL_WORDS, MAX_DOORBELLS, MAX_REGISTERS, SlotBlock};
 use nix::sys::socket::{MsgFlags, getsockopt, sockopt::PeerCredentials};
 
 use super::control::{Control, PortFds};
 use super::local::Local;
 use super::program::LoadError;
-use super::protocol::{
-    MAX_ALL_REGISTERS, MAX_FRAME, MAX_SLOTS, Reply, Request, VERSION, unpack_entry, unpack_key,
-    zone,
-};
+use super::protocol::{MAX_FRAME, Reply, Request, VERSION, unpack_entry, unpack_key, zone};
+use super::quota::{self, Quota};
 use crate::frame::{self, FrameError};
 use crate::sys::pidfd;
 
@@ -24,8 +22,13 @@ use crate::sys::pidfd;
 ///
 /// A VMM can register only threads of the process that made the connection (`SO_PEERCRED`), and
 /// the program looks at a thread's process each time, so it can never watch another VMM's
-/// accesses. The caller must run in the initial PID namespace, whose ids the program sees. The links stay here: when this returns, or the
-/// process ends in whatever way, the program is gone.
+/// accesses. The caller must run in the initial PID namespace, whose ids the program sees. The
+/// links stay here: when this returns, or the process ends in whatever way, the program is gone.
+///
+/// What a VMM can have of the kernel's memory is bounded: 256 MiB for its doorbells (4096 ports), 64 MiB
+/// for its register files (4096 of them), counted in whole pages as long as anybody has the map. A
+/// caller without CAP_SYS_ADMIN cannot tell how long that is, and counts each until the VMM hangs
+/// up.
 ///
 /// # Errors
 ///
@@ -45,13 +48,13 @@ pub fn serve_vmm(socket: &UnixStream, object: &[u8]) -> Result<(), LoadError> {
         program,
         pid: peer.pid(),
         process: pidfd::open(peer.pid()).map_err(LoadError::Io)?,
-        slots: 0,
-        registers: 0,
+        ports: HashSet::new(),
         records: HashSet::new(),
-        ports: Vec::new(),
+        port_maps: Quota::ports(),
+        registers: Quota::registers(),
     };
     loop {
-        let request = match frame::recv::<Request>(socket, MAX_FRAME) {
+        let request = match frame::recv::<Request>(socket, MAX_FRAME, 0) {
             Ok((request, _)) => request,
             Err(FrameError::Io(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
                 return Ok(());
@@ -84,10 +87,10 @@ struct Client {
     program: Local,
     pid: i32,
     process: OwnedFd,
-    slots: u32,
-    registers: u32,
-    ports: Vec<(u32, u32)>,
+    ports: HashSet<u32>,
     records: HashSet<u32>,
+    port_maps: Quota,
+    registers: Quota,
 }
 
 impl Client {
@@ -103,32 +106,34 @@ impl Client {
                 return Ok((Reply::Done, fds.into_iter().collect::<io::Result<_>>()?));
             }
             Request::CreatePort { slots } => {
-                let total = self
-                    .slots
-                    .checked_add(*slots)
-                    .filter(|total| *total <= MAX_SLOTS);
-                let Some(total) = total else {
-                    return errno(libc::ENOSPC);
-                };
+                let blocks = SlotBlock::count((*slots).max(1));
+                let bytes = [
+                    quota::array(size_of::<SlotBlock>(), blocks),
+                    quota::array(size_of::<u64>(), CONTROL_WORDS),
+                    quota::RING,
+                ];
+                let all = bytes.into_iter().fold(0, u64::saturating_add);
+                self.port_maps.check(bytes.len(), all)?;
                 let PortFds {
                     port,
                     slots: map,
                     controls,
                     ringbuf,
                 } = program.create_port(*slots)?;
-                self.slots = total;
-                self.ports.push((port, *slots));
-                return Ok((Reply::Number(port.into()), vec![map, controls, ringbuf]));
+                let fds = vec![map, controls, ringbuf];
+                for (fd, bytes) in fds.iter().zip(bytes) {
+                    self.port_maps.charge(fd, bytes)?;
+                }
+                self.ports.insert(port);
+                return Ok((Reply::Number(port.into()), fds));
             }
             Request::Retire { keys, port } => {
-                let held = |port| self.ports.iter().position(|(other, _)| *other == port);
-                let at = port.map(held);
-                if at == Some(None) {
+                if port.is_some_and(|port| !self.ports.contains(&port)) {
                     return errno(libc::ENOENT);
                 }
                 program.retire(&keys.iter().map(unpack_key).collect::<Vec<_>>(), *port)?;
-                if let Some(at) = at.flatten() {
-                    self.slots -= self.ports.swap_remove(at).1;
+                if let Some(port) = port {
+                    self.ports.remove(port);
                 }
             }
             Request::Insert(entries) => {
@@ -171,12 +176,10 @@ impl Client {
                 if !(1..=MAX_REGISTERS).contains(len) {
                     return errno(libc::EINVAL);
                 }
-                let total = self.registers.saturating_add(*len);
-                if total > MAX_ALL_REGISTERS {
-                    return errno(libc::ENOSPC);
-                }
+                let bytes = quota::array(size_of::<u64>(), *len);
+                self.registers.check(1, bytes)?;
                 let map = program.create_registers(*len)?;
-                self.registers = total;
+                self.registers.charge(&map, bytes)?;
                 return Ok((Reply::Done, vec![map]));
             }
             Request::Attach => {

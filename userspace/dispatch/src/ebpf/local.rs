@@ -23,6 +23,8 @@ const BPF_F_MMAPABLE: u32 = 1 << 10;
 const BPF_F_INNER_MAP: u32 = 1 << 12;
 /// The smallest ring buffer: one page.
 const RINGBUF_LEN: u32 = 4096;
+/// The last port, by which to wait for the program's runs: see [`Maps::wait_for_runs`].
+const SPARE_PORT: u32 = MAX_PORTS - 1;
 /// The programs that are attached, and the raw tracepoints that they are attached to.
 const PROGRAMS: [&str; 2] = ["kvm_mmio", "kvm_pio"];
 
@@ -37,8 +39,11 @@ pub(crate) struct Local {
     logger: Option<Mutex<aya_log::EbpfLogger<&'static dyn log::Log>>>,
     // Holds the links, of which there are none until they are needed: dropping it detaches the
     // programs.
-    ebpf: Mutex<(Ebpf, Vec<RawTracePointLinkId>)>,
+    ebpf: Mutex<(Ebpf, Links)>,
 }
+
+/// The links that there are, one place for each of [`PROGRAMS`].
+type Links = [Option<RawTracePointLinkId>; PROGRAMS.len()];
 
 struct Maps {
     vcpus: HashMap<MapData, u32, u32>,
@@ -51,6 +56,8 @@ struct Maps {
     controls: ArrayOfMaps<MapData>,
     wakers: ArrayOfMaps<MapData>,
     outer: [OwnedFd; 3],
+    /// Stands in the place of a port that is never handed out.
+    spare: MapData,
     ports: Numbers,
     free_records: Numbers,
     next_vm: u32,
@@ -90,8 +97,9 @@ impl Local {
         let hook = load("kvm_ioregion")?;
         let attached = PROGRAMS.into_iter().map(load).collect::<Result<_, _>>()?;
         // What is missing is told now; whoever never needs the tracepoints does not pay for them.
-        let links = attach(&mut ebpf)?;
-        detach(&mut ebpf, links)?;
+        let mut links = Links::default();
+        attach(&mut ebpf, &mut links)?;
+        detach(&mut ebpf, &mut links)?;
         let mut outer = Vec::new();
         let mut take = |name: &'static str| {
             let map = ebpf
@@ -134,7 +142,8 @@ impl Local {
             outer: outer.try_into().map_err(|_| LoadError::Object {
                 missing: "arrays of maps",
             })?,
-            ports: Numbers::new(MAX_PORTS),
+            spare: words(1, "ioregion_spare").map_err(LoadError::from)?,
+            ports: Numbers::new(SPARE_PORT),
             free_records: Numbers::new(MAX_VCPUS),
             next_vm: 0,
         };
@@ -146,7 +155,7 @@ impl Local {
             attached,
             #[cfg(feature = "log")]
             logger,
-            ebpf: Mutex::new((ebpf, Vec::new())),
+            ebpf: Mutex::new((ebpf, links)),
         })
     }
 
@@ -162,20 +171,53 @@ fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut RawTrac
     Ok(program.try_into()?)
 }
 
-fn attach(ebpf: &mut Ebpf) -> Result<Vec<RawTracePointLinkId>, LoadError> {
-    let mut links = Vec::new();
-    for name in PROGRAMS {
-        let link = program(ebpf, name)?.attach(name);
-        links.push(link.map_err(|error| LoadError::attach(name, error))?);
+/// Attaches what is not attached. If that fails, nothing is: a program that is attached twice counts
+/// everything twice.
+fn attach(ebpf: &mut Ebpf, links: &mut Links) -> Result<(), LoadError> {
+    let attached = attach_missing(ebpf, links);
+    if attached.is_err()
+        && let Err(error) = detach(ebpf, links)
+    {
+        tracing::warn!(%error, "cannot detach a program");
     }
-    Ok(links)
+    attached
 }
 
-fn detach(ebpf: &mut Ebpf, links: Vec<RawTracePointLinkId>) -> Result<(), LoadError> {
+fn attach_missing(ebpf: &mut Ebpf, links: &mut Links) -> Result<(), LoadError> {
     for (name, link) in PROGRAMS.into_iter().zip(links) {
-        program(ebpf, name)?.detach(link)?;
+        if link.is_none() {
+            let made = program(ebpf, name)?.attach(name);
+            *link = Some(made.map_err(|error| LoadError::attach(name, error))?);
+        }
     }
     Ok(())
+}
+
+/// Detaches what is attached, all of it even if something fails.
+fn detach(ebpf: &mut Ebpf, links: &mut Links) -> Result<(), LoadError> {
+    let mut result = Ok(());
+    for (name, link) in PROGRAMS.into_iter().zip(links) {
+        if let Some(link) = link.take() {
+            let detached = program(ebpf, name).and_then(|program| Ok(program.detach(link)?));
+            result = result.and(detached);
+        }
+    }
+    result
+}
+
+impl Maps {
+    /// Waits until all runs of the program that have begun have ended: the kernel does so when it
+    /// changes an array of maps, since a run may still use what stood there.
+    fn wait_for_runs(&mut self) -> io::Result<()> {
+        let set = self.controls.set(SPARE_PORT, &self.spare, 0);
+        set.map_err(to_io)
+    }
+}
+
+/// An array of words that can be mapped.
+fn words(len: u32, name: &str) -> Result<MapData, MapError> {
+    let (kind, value) = (BPF_MAP_TYPE_ARRAY as u32, size_of::<u64>() as u32);
+    create(kind, value, len, BPF_F_MMAPABLE | BPF_F_INNER_MAP, name)
 }
 
 fn create(
@@ -199,20 +241,16 @@ fn create(
 
 impl Control for Local {
     fn create_port(&self, slots: u32) -> io::Result<PortFds> {
-        let array = |value: usize, entries, name| {
-            let flags = BPF_F_MMAPABLE | BPF_F_INNER_MAP;
-            create(
-                BPF_MAP_TYPE_ARRAY as u32,
-                value as u32,
-                entries,
-                flags,
-                name,
-            )
-            .map_err(to_io)
-        };
         let blocks = SlotBlock::count(slots.max(1));
-        let slots_map = array(size_of::<SlotBlock>(), blocks, "ioregion_slots")?;
-        let controls = array(size_of::<u64>(), CONTROL_WORDS, "ioregion_ctl")?;
+        let slots_map = create(
+            BPF_MAP_TYPE_ARRAY as u32,
+            size_of::<SlotBlock>() as u32,
+            blocks,
+            BPF_F_MMAPABLE | BPF_F_INNER_MAP,
+            "ioregion_slots",
+        )
+        .map_err(to_io)?;
+        let controls = words(CONTROL_WORDS, "ioregion_ctl").map_err(to_io)?;
         let ringbuf = create(
             BPF_MAP_TYPE_RINGBUF as u32,
             0,
@@ -260,7 +298,7 @@ impl Control for Local {
     fn retire(&self, keys: &[MatchKey], port: Option<u32>) -> io::Result<()> {
         // Under the lock: the kernel reuses an entry's memory for the next one at once, and a run
         // of the program may still be looking at it. Deleting from an array of maps waits for all
-        // runs.
+        // runs, as does changing one.
         let mut maps = self.maps();
         for key in keys {
             match maps.doorbells.remove(key) {
@@ -268,12 +306,17 @@ impl Control for Local {
                 Err(error) => absent(error).map_err(to_io)?,
             }
         }
-        let Some(port) = port else { return Ok(()) };
-        for outer in &maps.outer {
-            bpf::map_delete(outer.as_fd(), port)?;
+        match port {
+            Some(port) => {
+                for outer in &maps.outer {
+                    bpf::map_delete(outer.as_fd(), port)?;
+                }
+                maps.ports.give(port);
+            }
+            None if keys.is_empty() => return Ok(()),
+            None => maps.wait_for_runs()?,
         }
         maps.buckets.settle();
-        maps.ports.give(port);
         Ok(())
     }
 
@@ -369,12 +412,11 @@ impl Control for Local {
     fn set_attached(&self, attached: bool) -> Result<(), LoadError> {
         let mut held = self.ebpf.lock().unwrap_or_else(PoisonError::into_inner);
         let (ebpf, links) = &mut *held;
-        if attached && links.is_empty() {
-            *links = attach(ebpf)?;
-        } else if !attached {
-            detach(ebpf, std::mem::take(links))?;
+        if attached {
+            attach(ebpf, links)
+        } else {
+            detach(ebpf, links)
         }
-        Ok(())
     }
 
     #[cfg(feature = "log")]

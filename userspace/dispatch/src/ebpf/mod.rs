@@ -8,6 +8,7 @@ mod loader;
 mod local;
 mod program;
 mod protocol;
+mod quota;
 mod remote;
 mod ring;
 mod vm_program;

@@ -145,10 +145,15 @@ impl LoadError {
             ProgramError::SyscallError(error) if is_permission(&error.io_error) => {
                 Self::NotPermitted(error.io_error)
             }
-            ProgramError::SyscallError(error) => Self::NoTracepoint {
-                name,
-                error: error.io_error,
-            },
+            ProgramError::SyscallError(error)
+                if error.io_error.kind() == io::ErrorKind::NotFound =>
+            {
+                Self::NoTracepoint {
+                    name,
+                    error: error.io_error,
+                }
+            }
+            ProgramError::SyscallError(error) => Self::Io(error.io_error),
             error => Self::Refused(error.into()),
         }
     }
@@ -187,6 +192,7 @@ impl From<MapError> for LoadError {
             MapError::CreateError { io_error, .. } if is_permission(&io_error) => {
                 Self::NotPermitted(io_error)
             }
+            MapError::CreateError { io_error, .. } if is_shortage(&io_error) => Self::Io(io_error),
             error => Self::Refused(error.into()),
         }
     }
@@ -196,6 +202,14 @@ impl From<ProgramError> for LoadError {
     fn from(error: ProgramError) -> Self {
         Self::Refused(error.into())
     }
+}
+
+/// Whether the object is not to blame.
+fn is_shortage(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)
+    )
 }
 
 fn is_permission(error: &io::Error) -> bool {

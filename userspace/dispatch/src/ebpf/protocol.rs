@@ -8,12 +8,8 @@ use serde::{Deserialize, Serialize};
 
 /// Most bytes of a request or reply.
 pub(super) const MAX_FRAME: u32 = 32 << 20;
-/// Most slots of all ports of one client: bounds the kernel memory that it can make us lock.
-pub(super) const MAX_SLOTS: u32 = 1 << 20;
-
-/// Most registers of all register files that one client has made: they are its own until it hangs
-/// up, since nobody can tell who has them mapped.
-pub(super) const MAX_ALL_REGISTERS: u32 = 1 << 20;
+/// Most descriptors of a reply. A request has none.
+pub(super) const MAX_REPLY_FDS: u32 = 3;
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -13,7 +13,7 @@ use nix::unistd::getpid;
 
 use super::control::{Control, PortFds};
 use super::program::LoadError;
-use super::protocol::{MAX_FRAME, Reply, Request, VERSION, pack_entry, pack_key};
+use super::protocol::{MAX_FRAME, MAX_REPLY_FDS, Reply, Request, VERSION, pack_entry, pack_key};
 use crate::frame;
 use crate::sys::pidfd;
 
@@ -83,7 +83,7 @@ impl Remote {
 
 fn ask(socket: &UnixStream, request: &Request) -> io::Result<(Reply, Vec<OwnedFd>)> {
     frame::send(socket, request, &[], MAX_FRAME)?;
-    match frame::recv(socket, MAX_FRAME)? {
+    match frame::recv(socket, MAX_FRAME, MAX_REPLY_FDS)? {
         (Reply::Failed(errno), _) => Err(io::Error::from_raw_os_error(errno)),
         answered => Ok(answered),
     }

@@ -47,7 +47,7 @@ impl Ring {
         let fd = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
         let offset = KVM_COALESCED_MMIO_PAGE_OFFSET as usize * PAGE;
         Ok(Self {
-            page: Mapping::new(fd, offset, PAGE, true)?,
+            page: Mapping::of_kernel(fd, offset, PAGE, true)?,
         })
     }
 

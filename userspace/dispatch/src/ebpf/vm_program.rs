@@ -5,7 +5,7 @@ use std::io;
 use std::mem::offset_of;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -33,6 +33,8 @@ const FIRST_NAP: Duration = Duration::from_micros(50);
 const LONGEST_NAP: Duration = Duration::from_millis(10);
 /// How long it believes in a write that does not come.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a vCPU waits until the doorbells of a program that is gone are out of the kernel.
+const UNSINKING: Duration = Duration::from_secs(30);
 
 /// The program's side of one virtual machine.
 #[derive(Debug)]
@@ -58,6 +60,8 @@ pub(crate) struct VmProgram {
     stop: AtomicBool,
     /// The loader is gone, and the records stand still.
     gone: AtomicBool,
+    /// And the doorbells are taken out of the kernel.
+    unsunk: (Mutex<bool>, Condvar),
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -70,14 +74,15 @@ impl VmProgram {
         let control = program.control();
         let vm = control.new_vm()?;
         let len = MAX_VCPUS as usize * size_of::<VcpuRecord>();
-        let records = Arc::new(Mapping::new(control.records(), 0, len, false)?);
+        let records = Arc::new(Mapping::of_kernel(control.records(), 0, len, false)?);
         let PortFds {
             port,
             slots,
             controls,
             ringbuf,
         } = control.create_port(1)?;
-        let mapping = |fd: &OwnedFd, len, writable| Mapping::new(fd.as_fd(), 0, len, writable);
+        let mapping =
+            |fd: &OwnedFd, len, writable| Mapping::of_kernel(fd.as_fd(), 0, len, writable);
         Ok(Self {
             program: Arc::clone(program),
             vm,
@@ -96,6 +101,7 @@ impl VmProgram {
             bell: Arc::new(Bell::new()?),
             stop: AtomicBool::new(false),
             gone: AtomicBool::new(false),
+            unsunk: Default::default(),
             thread: Mutex::default(),
         })
     }
@@ -146,6 +152,28 @@ impl VmProgram {
     /// Whether the program no longer sees accesses.
     pub(crate) fn is_gone(&self) -> bool {
         self.gone.load(Ordering::SeqCst)
+    }
+
+    /// Whether a request failed because the program is gone. Waits until that has been seen to, so
+    /// that no doorbell rings unseen.
+    pub(super) fn failed_for_good(&self, error: &io::Error) -> bool {
+        use io::ErrorKind as Kind;
+        let hung_up = matches!(
+            error.kind(),
+            Kind::BrokenPipe | Kind::ConnectionReset | Kind::UnexpectedEof
+        );
+        if self.control().hangup().is_none() || !hung_up {
+            return false;
+        }
+        let (unsunk, condition) = &self.unsunk;
+        let waited = condition.wait_timeout_while(lock(unsunk), UNSINKING, |unsunk| !*unsunk);
+        let (unsunk, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        *unsunk
+    }
+
+    /// Whether the program is gone and nothing of its doorbells is left in the kernel.
+    pub(super) fn is_unsunk(&self) -> bool {
+        self.is_gone() && *lock(&self.unsunk.0)
     }
 
     pub(crate) fn records(&self) -> &Arc<Mapping> {
@@ -371,6 +399,8 @@ impl VmProgram {
                 if let Some(vm) = shared.upgrade() {
                     vm.unsink_all();
                 }
+                *lock(&self.unsunk.0) = true;
+                self.unsunk.1.notify_all();
             }
         }
     }

@@ -28,8 +28,8 @@ impl Auto {
 }
 
 impl Auto {
-    fn has_hook(&self, vm: &VmShared) -> bool {
-        super::hooked::missing(vm.vm(), &self.channel).is_none()
+    fn has_hook(&self, vm: &VmShared, region: &Region) -> bool {
+        super::hooked::missing(vm.vm(), &self.channel, region).is_none()
     }
 }
 
@@ -49,38 +49,40 @@ impl Mechanism for Auto {
             .all(|doorbell| doorbell.datamatch.is_some() && doorbell.is_full_match());
         let native = super::ioregionfd::missing(vm.vm());
         let native = native.or_else(|| self.channel.unfit_for_kernel().map(str::to_owned));
-        let (mechanism, reason): (Box<dyn Mechanism>, _) =
-            if vm.program().is_some() && !answered.is_empty() && self.has_hook(vm) {
-                (
-                    Box::new(Ebpf::new(&self.channel)),
-                    "the eBPF program is loaded and answers reads",
-                )
-            } else if vm.program().is_some() && !doorbells.is_empty() {
-                (
-                    Box::new(Ebpf::new(&self.channel)),
-                    "the eBPF program is loaded and carries values",
-                )
-            } else if !doorbells.is_empty() && value_is_known {
-                (
-                    Box::new(Ioeventfd::new(&self.channel)),
-                    "no eBPF program; the doorbells match whole values, so no value is lost",
-                )
-            } else if native.is_none() {
-                (
-                    Box::new(Ioregionfd::new(&self.channel)),
-                    "KVM speaks to the device task itself",
-                )
-            } else if doorbells.is_empty() {
-                (
-                    Box::new(Forward::new(&self.channel)),
-                    "the region has no doorbells",
-                )
-            } else {
-                (
-                    Box::new(Forward::new(&self.channel)),
-                    "no eBPF program, and an ioeventfd would lose the doorbells' values",
-                )
-            };
+        let (mechanism, reason): (Box<dyn Mechanism>, _) = if vm.program().is_some()
+            && !answered.is_empty()
+            && self.has_hook(vm, &placed.region)
+        {
+            (
+                Box::new(Ebpf::new(&self.channel)),
+                "the eBPF program is loaded and answers reads",
+            )
+        } else if vm.program().is_some() && !doorbells.is_empty() {
+            (
+                Box::new(Ebpf::new(&self.channel)),
+                "the eBPF program is loaded and carries values",
+            )
+        } else if !doorbells.is_empty() && value_is_known {
+            (
+                Box::new(Ioeventfd::new(&self.channel)),
+                "no eBPF program; the doorbells match whole values, so no value is lost",
+            )
+        } else if native.is_none() {
+            (
+                Box::new(Ioregionfd::new(&self.channel)),
+                "KVM speaks to the device task itself",
+            )
+        } else if doorbells.is_empty() {
+            (
+                Box::new(Forward::new(&self.channel)),
+                "the region has no doorbells",
+            )
+        } else {
+            (
+                Box::new(Forward::new(&self.channel)),
+                "no eBPF program, and an ioeventfd would lose the doorbells' values",
+            )
+        };
         let mut assignment = mechanism.assign(vm, placed)?;
         assignment.reason = match native {
             _ if assignment.via.is_some() => format!("{reason}; {}", assignment.reason),

@@ -60,8 +60,8 @@ impl Ebpf {
     /// Reads, writes that wait, and doorbells delivered as
     /// [`Delivery::Fifo`](crate::Delivery::Fifo) go over `channel`.
     ///
-    /// Uses [`Via::Hook`] where the kernel has it and KVM can use the channel, else
-    /// [`Via::Tracepoints`]; [`Assigned`](crate::Assigned) says which, and why.
+    /// Uses [`Via::Hook`] where the kernel has it and KVM can use the channel and the region's
+    /// register file, else [`Via::Tracepoints`]; [`Assigned`](crate::Assigned) says which, and why.
     #[must_use]
     pub fn new(channel: &Arc<Channel>) -> Self {
         Self {
@@ -78,8 +78,8 @@ impl Ebpf {
     }
 
     /// What is used, and why.
-    fn choose(&self, vm: &VmFd) -> (Via, String) {
-        let missing = || super::hooked::missing(vm, &self.channel);
+    fn choose(&self, vm: &VmFd, region: &Region) -> (Via, String) {
+        let missing = || super::hooked::missing(vm, &self.channel, region);
         match self.via {
             Some(via) => (via, "it was asked for".into()),
             None => match missing() {
@@ -110,7 +110,7 @@ impl Mechanism for Ebpf {
                 what,
             }));
         };
-        let (via, reason) = self.choose(vm.vm());
+        let (via, reason) = self.choose(vm.vm(), region);
         let mut assignment = match via {
             Via::Hook => super::hooked::assign(vm, placed, program, &self.channel)?,
             Via::Tracepoints => self.assign_traced(vm, placed, program)?,
@@ -265,6 +265,9 @@ impl Parts {
             .create_port(slots)
             .map_err(|error| bpf("creating a port", error))?;
         self.port = Some(port);
+        // What the program captures from now on must not be sent by KVM as well: a region that KVM
+        // carried until now leaves it first, and its accesses exit and wait for this one.
+        vm.native().evict(vm.vm(), region);
         let entries = entries(region, self.program.vm(), port, self.program.port());
         control
             .insert(&entries)
@@ -330,6 +333,11 @@ impl Parts {
         let control = self.program.control();
         if let Err(error) = control.retire(&keys, self.port.take()) {
             tracing::warn!(%error, "cannot take a region out of the program");
+        }
+        // A vCPU may be between the program, which has captured, and the bus: it must not find what
+        // KVM carries there next.
+        if any && let Err(error) = kvm::synchronize(vm) {
+            tracing::warn!(%error, "cannot wait for the vCPUs");
         }
         if let Some(eventfd) = eventfd {
             // What was captured since the sinks went has woken nobody.

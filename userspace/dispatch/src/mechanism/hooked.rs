@@ -36,8 +36,11 @@ fn missing_in_kernel(vm: &VmFd) -> Option<String> {
 }
 
 /// Why this form cannot be used for a region on this channel; `None` if it can.
-pub(super) fn missing(vm: &VmFd, channel: &Channel) -> Option<String> {
-    missing_in_kernel(vm).or_else(|| channel.unfit_for_kernel().map(str::to_owned))
+pub(super) fn missing(vm: &VmFd, channel: &Channel, region: &Region) -> Option<String> {
+    let unreadable = || registers(region).err().map(|kind| kind.to_string());
+    missing_in_kernel(vm)
+        .or_else(|| channel.unfit_for_kernel().map(str::to_owned))
+        .or_else(unreadable)
 }
 
 /// Assigns a region in this form.
@@ -57,24 +60,33 @@ pub(super) fn assign(
     let registers = registers(region).map_err(|kind| region.error(kind))?;
     // What is captured would overtake a posted write that is still on its way.
     let posted = region.posted_writes && !captures(region);
-    let kvm = InKernel::new(vm, placed, channel, posted)?;
     let mut parts = Parts::new(program);
-    match parts.build(vm.vm(), region, registers) {
-        Ok(source) => {
-            let parts = Mutex::new(parts);
+    let built = parts.build(region).map_err(|kind| region.error(kind));
+    // The channel last: once KVM has had it, a command may have been sent.
+    let given = built.and_then(|source| {
+        let kvm = InKernel::new(vm, placed, channel, posted)?;
+        Ok((source, kvm))
+    });
+    let attached = given.and_then(|(source, kvm)| {
+        let done = parts.attach(vm.vm(), region, registers, source.as_ref());
+        done.inspect_err(|_| kvm.retire(true))
+            .map_err(|kind| region.error(kind))?;
+        Ok((source, kvm))
+    });
+    match attached {
+        Ok((source, kvm)) => {
             let carrier = Hooked {
                 kvm,
                 placed: Arc::clone(placed),
-                parts,
+                parts: Mutex::new(parts),
             };
             let mut assignment = Assignment::new(Ebpf::NAME, carrier);
-            assignment.sources.extend(source);
+            assignment.sources.extend(source.map(DoorbellSource::Port));
             Ok(assignment)
         }
-        Err(kind) => {
+        Err(error) => {
             parts.take_down(vm.vm(), region);
-            kvm.retire(true);
-            Err(region.error(kind))
+            Err(error)
         }
     }
 }
@@ -158,27 +170,36 @@ impl Parts {
         }
     }
 
-    /// Puts everything in place, the program last: what it captures must have a reader.
-    fn build(
-        &mut self,
-        vm: &VmFd,
-        region: &Region,
-        registers: Option<BorrowedFd<'_>>,
-    ) -> Result<Option<DoorbellSource>, Kind> {
-        if registers.is_none() && !captures(region) {
-            // The program would have nothing to do.
-            return Ok(None);
-        }
+    /// Makes what the program needs: what it captures must have a reader.
+    fn build(&mut self, region: &Region) -> Result<Option<Port>, Kind> {
         let source = self.make_port(region)?;
         let entries = entries(region, self.program.vm(), self.port.unwrap_or_default());
+        if entries.is_empty() {
+            return Ok(source);
+        }
         let control = self.program.control();
         control
             .insert(&entries)
             .map_err(|error| bpf("filling the match table", error))?;
         self.keys = entries.iter().map(|(key, _)| *key).collect();
-        let eventfd = source.as_ref().and_then(|port| port.parts.eventfd.as_ref());
+        Ok(source)
+    }
+
+    /// Has KVM show the accesses to the region, which it has, to the program.
+    fn attach(
+        &mut self,
+        vm: &VmFd,
+        region: &Region,
+        registers: Option<BorrowedFd<'_>>,
+        source: Option<&Port>,
+    ) -> Result<(), Kind> {
+        if self.keys.is_empty() {
+            // The program would have nothing to do.
+            return Ok(());
+        }
+        let eventfd = source.and_then(|port| port.parts.eventfd.as_ref());
         let prog = kvm::IoregionProg {
-            program: control.hook(),
+            program: self.program.control().hook(),
             registers,
             eventfd: eventfd.map(AsFd::as_fd),
         };
@@ -187,7 +208,7 @@ impl Parts {
             error,
         })?;
         self.attached = true;
-        Ok(source.map(DoorbellSource::Port))
+        Ok(())
     }
 
     /// Makes the place where the captured doorbells arrive, if there are any.

@@ -112,20 +112,43 @@ fn refusal(error: io::Error) -> RegionErrorKind {
 }
 
 /// Which assignment KVM's region at an address is.
-type Owners = Arc<Mutex<HashMap<(Bus, u64), RegionId>>>;
+#[derive(Debug, Default)]
+struct Owners(Mutex<HashMap<(Bus, u64), RegionId>>);
+
+impl Owners {
+    fn lock(&self) -> MutexGuard<'_, HashMap<(Bus, u64), RegionId>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes what KVM has at a region's address out of it, if `which` says so of its owner. When
+    /// this returns, no vCPU finds it any more.
+    fn remove(&self, vm: &VmFd, region: &Region, which: impl FnOnce(RegionId) -> bool) {
+        let mut owners = self.lock();
+        let key = (region.bus, region.base);
+        let Some(owner) = owners.get(&key).copied().filter(|owner| which(*owner)) else {
+            return;
+        };
+        owners.remove(&key);
+        let mut request = request(region);
+        request.flags |= KVM_IOREGION_DEASSIGN;
+        if let Err(error) = kvm::set_ioregion(vm, &request) {
+            tracing::error!(region = %owner, %error, "cannot remove an ioregion");
+        }
+    }
+}
 
 /// A region that KVM carries.
 #[derive(Debug)]
 pub(super) struct InKernel {
     vm: Arc<VmFd>,
     placed: Arc<Placed>,
-    owners: Owners,
-    watched: Option<Arc<Watched>>,
+    owners: Arc<Owners>,
+    watched: Arc<Watched>,
 }
 
 impl InKernel {
     /// Gives a region to KVM, with the VMM's end of its channel; or modifies it, where KVM has it
-    /// already.
+    /// already. If that fails, KVM has not had the channel.
     pub(super) fn new(
         vm: &VmShared,
         placed: &Arc<Placed>,
@@ -136,60 +159,35 @@ impl InKernel {
         let files = channel.give_to_kernel();
         let (files, first) =
             files.map_err(|error| region.error(RegionErrorKind::BadDescriptor(error)))?;
-        let [read, write] = &files;
-        let mut request = request(region);
-        request.read_fd = read.as_raw_fd();
-        request.write_fd = write.as_raw_fd();
-        if posted {
-            request.flags |= KVM_IOREGION_POSTED_WRITES;
-        }
-        if let Err(error) = kvm::set_ioregion(vm.vm(), &request) {
-            if first {
-                channel.take_back();
+        let assign = |[read, write]: &[OwnedFd; 2]| {
+            let mut request = request(region);
+            request.read_fd = read.as_raw_fd();
+            request.write_fd = write.as_raw_fd();
+            if posted {
+                request.flags |= KVM_IOREGION_POSTED_WRITES;
             }
-            return Err(region.error(refusal(error)));
-        }
-        // Before anything else can fail: KVM has the region from here on.
-        let mut carrier = Self {
-            vm: Arc::clone(vm.vm()),
-            owners: vm.native().own(placed),
-            placed: Arc::clone(placed),
-            watched: None,
+            kvm::set_ioregion(vm.vm(), &request).map_err(refusal)
         };
-        match vm.native().watch(files, placed.id, vm.events()) {
-            Ok(watched) => carrier.watched = Some(watched),
-            Err(error) => {
-                carrier.remove();
-                return Err(region.error(RegionErrorKind::Kvm {
-                    what: "watching the device's end",
-                    error,
-                }));
+        match vm.native().watch(files, placed.id, vm.events(), assign) {
+            Ok(watched) => Ok(Self {
+                vm: Arc::clone(vm.vm()),
+                owners: vm.native().own(placed),
+                placed: Arc::clone(placed),
+                watched,
+            }),
+            Err(kind) => {
+                if first {
+                    channel.take_back();
+                }
+                Err(region.error(kind))
             }
-        }
-        Ok(carrier)
-    }
-
-    /// Nobody wants to know about the device task any more.
-    fn unwatch(&self) {
-        if let Some(watched) = &self.watched {
-            watched.remove(self.placed.id);
         }
     }
 
     /// Takes the region out of KVM, unless it is another assignment's by now.
     fn remove(&self) {
-        let region = &self.placed.region;
-        let mut owners = self.owners.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (region.bus, region.base);
-        if owners.get(&key) != Some(&self.placed.id) {
-            return;
-        }
-        owners.remove(&key);
-        let mut request = request(region);
-        request.flags |= KVM_IOREGION_DEASSIGN;
-        if let Err(error) = kvm::set_ioregion(&self.vm, &request) {
-            tracing::error!(region = %self.placed.id, %error, "cannot remove an ioregion");
-        }
+        let is_own = |owner| owner == self.placed.id;
+        self.owners.remove(&self.vm, &self.placed.region, is_own);
     }
 }
 
@@ -209,7 +207,8 @@ impl Carrier for InKernel {
 
     fn retire(&self, abandon: bool) {
         self.placed.retire();
-        self.unwatch();
+        // Nobody wants to know about the device task any more.
+        self.watched.remove(self.placed.id);
         if abandon {
             self.remove();
         }
@@ -225,33 +224,52 @@ impl Carrier for InKernel {
 /// What all of a VM's in-kernel regions share.
 #[derive(Debug, Default)]
 pub(crate) struct Native {
-    owners: Owners,
+    owners: Arc<Owners>,
     watcher: Mutex<Option<Watcher>>,
 }
 
 impl Native {
-    fn own(&self, placed: &Placed) -> Owners {
+    fn own(&self, placed: &Placed) -> Arc<Owners> {
         let key = (placed.region.bus, placed.region.base);
-        let mut owners = self.owners.lock().unwrap_or_else(PoisonError::into_inner);
-        owners.insert(key, placed.id);
-        drop(owners);
+        self.owners.lock().insert(key, placed.id);
         Arc::clone(&self.owners)
     }
 
-    /// Tells `events` when the other end of one of a region's files is closed.
+    /// Takes what KVM has at a region's address out of it, whose assignment is ending. When this
+    /// returns, no vCPU finds it any more.
+    pub(super) fn evict(&self, vm: &VmFd, region: &Region) {
+        self.owners.remove(vm, region, |_| true);
+    }
+
+    /// Has `assign` give a region's files to KVM, and tells `events` when the other end of one of
+    /// them is closed. Whatever else can fail comes before `assign`.
     fn watch(
         &self,
         files: [OwnedFd; 2],
         region: RegionId,
         events: EventSender,
-    ) -> io::Result<Arc<Watched>> {
+        assign: impl FnOnce(&[OwnedFd; 2]) -> Result<(), RegionErrorKind>,
+    ) -> Result<Arc<Watched>, RegionErrorKind> {
+        let failed = |error| RegionErrorKind::Kvm {
+            what: "watching the device's end",
+            error,
+        };
         let mut watcher = self.watcher.lock().unwrap_or_else(PoisonError::into_inner);
         let watcher = match &mut *watcher {
             Some(watcher) => watcher,
-            none => none.insert(Watcher::start(events)?),
+            none => none.insert(Watcher::start(events).map_err(failed)?),
         };
-        watcher.watched.add(files, region)?;
-        Ok(Arc::clone(&watcher.watched))
+        let watched = Arc::clone(&watcher.watched);
+        // Held all the time: what the thread hears of before KVM has the files comes after.
+        let mut held = watched.files();
+        watched.add(&files, region).map_err(failed)?;
+        if let Err(kind) = assign(&files) {
+            watched.forget(&files);
+            return Err(kind);
+        }
+        held.insert(region.0, files);
+        drop(held);
+        Ok(watched)
     }
 }
 
@@ -313,20 +331,23 @@ impl Watched {
         self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn add(&self, both: [OwnedFd; 2], region: RegionId) -> io::Result<()> {
-        let mut files = self.files();
+    fn add(&self, both: &[OwnedFd; 2], region: RegionId) -> io::Result<()> {
         for (i, file) in both.iter().enumerate() {
             // Errors and hang-ups are reported in any case.
             let event = EpollEvent::new(EpollFlags::EPOLLRDHUP, region.0);
             if let Err(error) = self.epoll.add(file, event) {
-                for added in &both[..i] {
-                    let _ = self.epoll.delete(added);
-                }
+                self.forget(&both[..i]);
                 return Err(error.into());
             }
         }
-        files.insert(region.0, both);
         Ok(())
+    }
+
+    fn forget(&self, files: &[OwnedFd]) {
+        for file in files {
+            // It was added.
+            let _ = self.epoll.delete(file);
+        }
     }
 
     /// Returns whether it was still there.
@@ -334,10 +355,7 @@ impl Watched {
         let Some(both) = self.files().remove(&region.0) else {
             return false;
         };
-        for file in &both {
-            // It was added.
-            let _ = self.epoll.delete(file);
-        }
+        self.forget(&both);
         true
     }
 

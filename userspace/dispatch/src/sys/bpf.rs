@@ -1,11 +1,13 @@
 //! Requests of the `bpf` system call that aya does not offer in this form.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
 const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 const BPF_MAP_FREEZE: libc::c_long = 22;
+const BPF_MAP_GET_FD_BY_ID: libc::c_long = 14;
+const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 
 /// `union bpf_attr` as `BPF_PROG_TEST_RUN` lays it out.
 #[repr(C)]
@@ -31,7 +33,7 @@ struct TestRun {
 
 fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
     // SAFETY: `attr` is laid out as the command wants it; the callers below pass no pointers in
-    // it but null and that of a key that they keep alive.
+    // it but null and those of things that they keep alive.
     let ret = unsafe {
         libc::syscall(
             libc::SYS_bpf,
@@ -84,4 +86,75 @@ pub(crate) fn map_delete(map: BorrowedFd<'_>, key: u32) -> io::Result<()> {
     };
     // `key` outlives the call, which reads four bytes of it.
     bpf(BPF_MAP_DELETE_ELEM, &mut attr).map(drop)
+}
+
+/// What a map is: the start of `struct bpf_map_info`.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub(crate) struct MapInfo {
+    /// `BPF_MAP_TYPE_*`
+    pub(crate) kind: u32,
+    /// Names the map as long as anybody has it: a descriptor, a mapping, another map or a program.
+    pub(crate) id: u32,
+    pub(crate) key_size: u32,
+    pub(crate) value_size: u32,
+    pub(crate) max_entries: u32,
+    pub(crate) flags: u32,
+    name: [u8; 16],
+    rest: [u64; 6],
+}
+
+/// What map a descriptor leads to.
+///
+/// # Errors
+///
+/// `InvalidInput` if it leads to no map; the system's.
+pub(crate) fn map_info(fd: BorrowedFd<'_>) -> io::Result<MapInfo> {
+    #[repr(C)]
+    struct Info {
+        fd: u32,
+        len: u32,
+        info: u64,
+    }
+    // Programs and links answer as well, in other structures.
+    let what = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
+    if what.as_os_str() != "anon_inode:bpf-map" {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("no BPF map, but {}", what.display()),
+        ));
+    }
+    let mut info = MapInfo::default();
+    let mut attr = Info {
+        fd: fd.as_raw_fd().cast_unsigned(),
+        len: size_of::<MapInfo>() as u32,
+        info: &raw mut info as u64,
+    };
+    // `info` outlives the call, which writes at most as many bytes as it has.
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
+    Ok(info)
+}
+
+/// Whether anybody has the map with this id. Where that cannot be found out (it takes
+/// CAP_SYS_ADMIN), yes.
+pub(crate) fn map_exists(id: u32) -> bool {
+    #[repr(C)]
+    struct ById {
+        id: u32,
+        next_id: u32,
+        open_flags: u32,
+    }
+    let mut attr = ById {
+        id,
+        next_id: 0,
+        open_flags: 0,
+    };
+    match bpf(BPF_MAP_GET_FD_BY_ID, &mut attr) {
+        Ok(fd) => {
+            // SAFETY: The kernel has just made this descriptor, and nobody else knows it.
+            drop(unsafe { OwnedFd::from_raw_fd(fd as i32) });
+            true
+        }
+        Err(error) => error.raw_os_error() != Some(libc::ENOENT),
+    }
 }

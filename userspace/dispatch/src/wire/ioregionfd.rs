@@ -61,7 +61,8 @@ impl Ioregionfd {
     ///
     /// # Errors
     ///
-    /// `InvalidInput` if it is not one descriptor; the system's if it cannot be mapped.
+    /// `InvalidInput` if it is not one descriptor of KVM's making; the system's if it cannot be
+    /// mapped, or if there is no `/proc` to tell what it is.
     pub fn from_fds(fds: Vec<OwnedFd>) -> io::Result<Self> {
         let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|_| {
             io::Error::new(
@@ -75,15 +76,20 @@ impl Ioregionfd {
     fn new(fd: OwnedFd) -> io::Result<Self> {
         let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
         fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-        let page = Mapping::new(fd.as_fd(), 0, PAGE, true)?;
-        // An end that was used before goes on where it stopped.
+        let page = Mapping::of_channel(fd.as_fd(), PAGE)?;
+        Ok(Self::on(fd, page))
+    }
+
+    fn on(fd: OwnedFd, page: Mapping) -> Self {
+        // An end that was used before goes on where it stopped. Whoever had it can have put any
+        // number there.
         let taken = page.word(TAIL).load(Ordering::Acquire);
-        Ok(Self {
+        Self {
             fd,
             page,
             taken,
             owed: None,
-        })
+        }
     }
 
     /// Wakes KVM if it sleeps, after a store to `tail` or `answered`.
@@ -121,7 +127,7 @@ impl Wire for Ioregionfd {
         self.page.word(DATA).store(data, Ordering::Relaxed);
         self.page
             .word(ANSWERED)
-            .store(position + 1, Ordering::Release);
+            .store(position.wrapping_add(1), Ordering::Release);
         self.wake()?;
         Ok(Try::Done(()))
     }
@@ -149,7 +155,7 @@ impl Wire for Ioregionfd {
         if message[0] & RESPONSE != 0 {
             self.owed = Some(self.taken);
         }
-        self.taken += 1;
+        self.taken = self.taken.wrapping_add(1);
         self.page.word(TAIL).store(self.taken, Ordering::Release);
         self.wake()?;
         Ok(Try::Done(message))
@@ -216,5 +222,42 @@ impl Wire for KernelEnd {
 
     fn into_fds(self: Box<Self>) -> Vec<OwnedFd> {
         vec![self.0]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::fcntl::SealFlag;
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    use super::*;
+
+    #[test]
+    fn a_page_with_impossible_positions_stops_nobody() {
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let fd = memfd_create(c"page", flags).unwrap();
+        nix::unistd::ftruncate(&fd, PAGE as i64).unwrap();
+        fcntl(&fd, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).unwrap();
+        let page = Mapping::of_memory(fd.as_fd(), PAGE, true).unwrap();
+        let last = CMDS + (MAILBOX_CMDS - 1) * MESSAGE_LEN;
+        page.word(last).store(RESPONSE.into(), Ordering::Relaxed);
+        page.word(TAIL).store(u64::MAX, Ordering::Relaxed);
+        let mut end = Ioregionfd::on(fd, page);
+        let Try::Done(message) = end.try_recv().unwrap() else {
+            panic!("a command is there");
+        };
+        assert_eq!(message[0], RESPONSE);
+        assert_eq!(end.try_send(&message).unwrap(), Try::Done(()));
+        assert_eq!(end.page.word(ANSWERED).load(Ordering::Relaxed), 0);
+        assert_eq!(end.try_recv().unwrap(), Try::WouldBlock);
+    }
+
+    #[test]
+    fn a_file_that_kvm_has_not_made_is_refused() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let socket = std::net::TcpStream::connect(address).unwrap();
+        let error = Ioregionfd::from_fds(vec![socket.into()]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
     }
 }

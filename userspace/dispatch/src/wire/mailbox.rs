@@ -119,7 +119,7 @@ impl Mailbox {
     }
 
     fn new(side: Side, [memory, bell, peer_bell, leash]: [OwnedFd; 4]) -> io::Result<Self> {
-        let shared = Mapping::new(memory.as_fd(), 0, SHARED_LEN, true)?;
+        let shared = Mapping::of_memory(memory.as_fd(), SHARED_LEN, true)?;
         for bell in [&bell, &peer_bell] {
             let flags = OFlag::from_bits_retain(fcntl(bell, FcntlArg::F_GETFL)?);
             fcntl(bell, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
