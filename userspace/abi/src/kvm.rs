@@ -166,9 +166,9 @@ pub mod verdict {
     }
 }
 
-/// Number of an ioctl, as `include/uapi/asm-generic/ioctl.h` makes it.
+/// Number of an ioctl of KVM's.
 const fn ioctl(direction: u64, nr: u64, size: usize) -> u64 {
-    direction << 30 | (size as u64) << 16 | (KVMIO as u64) << 8 | nr
+    crate::ioctl::number(direction, KVMIO, nr, size)
 }
 
 const _: () = {

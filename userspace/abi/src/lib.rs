@@ -3,6 +3,7 @@
 //! * [`access`]: what one guest access is (bus, address, size, data) and how the kernel cuts it up.
 //! * [`wire`]: the ioregionfd wire protocol, commands and responses.
 //! * [`kvm`]: the `KVM_SET_IOREGION` interface of the ioregionfd design.
+//! * [`vduse`]: the VDUSE interface, by which a virtio device lives in user space.
 //! * [`bpf`]: keys and values of the eBPF program's maps.
 //! * [`bucket`]: what it looks at before it looks into its hash maps.
 //! * [`matching`]: the match rule, shared by the eBPF program and its user-space twin.
@@ -16,8 +17,10 @@ extern crate std;
 pub mod access;
 pub mod bpf;
 pub mod bucket;
+mod ioctl;
 pub mod kvm;
 pub mod matching;
+pub mod vduse;
 pub mod wire;
 
 pub use access::{Bus, Direction, Size};
