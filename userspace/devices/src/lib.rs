@@ -1,0 +1,9 @@
+//! Device models, written once for every way in which a driver can reach them.
+//!
+//! * [`virtio`]: what all virtio devices share: the driver's memory, queues in both formats, and
+//!   the trait of a device.
+//!
+//! A device gets requests and answers them. It knows neither who carries notifications nor whose
+//! memory it works on: a driver in this machine's kernel over VDUSE, or one in a guest.
+
+pub mod virtio;

@@ -1,0 +1,233 @@
+//! The packed format: one ring in which both sides turn.
+
+use std::sync::atomic::{Ordering, fence};
+
+use super::chain::{Builder, Chain};
+use super::memory::Memory;
+use super::queue::{Broken, Descriptor, InFlight, Layout, Position, Setup, check_part, read_table};
+
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
+const AVAIL: u16 = 1 << 7;
+const USED: u16 = 1 << 15;
+
+/// What a side wants to hear of: everything, nothing, or one descriptor.
+const ENABLE: u16 = 0;
+const DISABLE: u16 = 1;
+const ONE: u16 = 2;
+
+/// Offset of the flags in a descriptor.
+const FLAGS: u64 = 14;
+/// Offset of the flags in both event structures, behind the descriptor with its wrap counter.
+const EVENT_FLAGS: u64 = 2;
+/// The wrap counter in an event structure's descriptor.
+const EVENT_WRAP: u16 = 1 << 15;
+
+/// A place in the ring and the wrap counter that goes with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Place {
+    index: u16,
+    wrap: bool,
+}
+
+impl Place {
+    fn advance(&mut self, by: u16, size: u16) {
+        // Sizes are at most 2^15 and steps at most a size.
+        let next = self.index + by;
+        if next >= size {
+            self.index = next - size;
+            self.wrap = !self.wrap;
+        } else {
+            self.index = next;
+        }
+    }
+
+    /// Steps from one place to another, over the two turns after which places repeat.
+    fn steps_to(self, to: Self, size: u16) -> u32 {
+        let turn = u32::from(size);
+        let number = |place: Self| u32::from(place.index) + if place.wrap { 0 } else { turn };
+        (number(to) + 2 * turn - number(self)) % (2 * turn)
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Packed {
+    layout: Layout,
+    indirect: bool,
+    event_idx: bool,
+    avail: Place,
+    used: Place,
+    /// Descriptors that were used since the driver was last looked at.
+    unnotified: u32,
+    /// Descriptors of requests in flight.
+    slots: u16,
+    pub(super) in_flight: InFlight,
+}
+
+impl Packed {
+    pub(super) fn new(setup: &Setup, at: Position) -> Result<Self, Broken> {
+        let layout = setup.layout;
+        let size = layout.size;
+        check_part(layout.descriptors, u64::from(size) * Descriptor::BYTES, 16)?;
+        check_part(layout.driver, 4, 4)?;
+        check_part(layout.device, 4, 4)?;
+        let Position::Packed {
+            avail_wrap,
+            avail,
+            used_wrap,
+            used,
+        } = at
+        else {
+            return Err(Broken::Position(at));
+        };
+        let place = |index, wrap| Place { index, wrap };
+        let (avail, used) = (place(avail, avail_wrap), place(used, used_wrap));
+        // Descriptors between the two were taken before and never given back.
+        if avail.index >= size || used.index >= size || used.steps_to(avail, size) > u32::from(size)
+        {
+            return Err(Broken::Position(at));
+        }
+        let slots = u16::try_from(used.steps_to(avail, size)).unwrap_or(size);
+        Ok(Self {
+            layout,
+            indirect: setup.indirect,
+            event_idx: setup.event_idx,
+            avail,
+            used,
+            unnotified: 0,
+            slots,
+            in_flight: InFlight::new(size),
+        })
+    }
+
+    pub(super) fn position(&self) -> Position {
+        Position::Packed {
+            avail_wrap: self.avail.wrap,
+            avail: self.avail.index,
+            used_wrap: self.used.wrap,
+            used: self.used.index,
+        }
+    }
+
+    fn descriptor(&self, index: u16) -> u64 {
+        self.layout.descriptors + u64::from(index) * Descriptor::BYTES
+    }
+
+    /// Whether the next descriptor is available.
+    fn is_available(&self, memory: &dyn Memory) -> Result<bool, Broken> {
+        let flags = memory.load(self.descriptor(self.avail.index) + FLAGS)?;
+        let (avail, used) = (flags & AVAIL != 0, flags & USED != 0);
+        Ok(avail == self.avail.wrap && used != self.avail.wrap)
+    }
+
+    pub(super) fn pop(&mut self, memory: &dyn Memory) -> Result<Option<Chain>, Broken> {
+        if !self.is_available(memory)? {
+            return Ok(None);
+        }
+        let mut chain = Builder::default();
+        let mut at = self.avail;
+        // The driver makes the first descriptor of a request available after all others.
+        for slots in 1..=self.layout.size - self.slots.min(self.layout.size) {
+            let descriptor = Descriptor::read(memory, self.descriptor(at.index))?;
+            let (id, flags) = (descriptor.at12, descriptor.at14);
+            at.advance(1, self.layout.size);
+            if flags & INDIRECT != 0 {
+                if !self.indirect {
+                    return Err(Broken::IndirectNotNegotiated);
+                }
+                if flags & NEXT != 0 || slots > 1 {
+                    return Err(Broken::IndirectMisplaced);
+                }
+                for entry in read_table(memory, descriptor.addr, descriptor.len)? {
+                    // Of the flags only `WRITE` may stand here; those that say whose turn it is
+                    // mean nothing.
+                    if entry.at14 & (INDIRECT | NEXT) != 0 {
+                        return Err(Broken::IndirectMisplaced);
+                    }
+                    chain.add(entry.addr, entry.len, entry.at14 & WRITE != 0)?;
+                }
+            } else {
+                chain.add(descriptor.addr, descriptor.len, flags & WRITE != 0)?;
+            }
+            if flags & NEXT == 0 {
+                self.in_flight.check(id)?;
+                self.in_flight.take(id);
+                self.avail = at;
+                self.slots += slots;
+                return Ok(Some(chain.finish(id, slots)));
+            }
+        }
+        Err(Broken::Loop)
+    }
+
+    pub(super) fn push(
+        &mut self,
+        memory: &dyn Memory,
+        chain: &Chain,
+        written: u32,
+    ) -> Result<(), Broken> {
+        let at = self.descriptor(self.used.index);
+        let mut entry = [0; 6];
+        entry[..4].copy_from_slice(&written.to_le_bytes());
+        entry[4..].copy_from_slice(&chain.id.to_le_bytes());
+        // Behind the address, which means nothing in a used descriptor.
+        memory.write(at + 8, &entry)?;
+        let mut flags = if written > 0 { WRITE } else { 0 };
+        if self.used.wrap {
+            flags |= AVAIL | USED;
+        }
+        self.used.advance(chain.slots, self.layout.size);
+        self.unnotified = self.unnotified.saturating_add(chain.slots.into());
+        self.slots = self.slots.saturating_sub(chain.slots);
+        // Before the store: from then on the driver may use the name again.
+        self.in_flight.give_back(chain.id);
+        memory.store(at + FLAGS, flags)?;
+        Ok(())
+    }
+
+    pub(super) fn must_notify(&mut self, memory: &dyn Memory) -> Result<bool, Broken> {
+        let passed = std::mem::take(&mut self.unnotified);
+        if passed == 0 {
+            return Ok(false);
+        }
+        // The driver first says what it waits for and then looks at the ring.
+        fence(Ordering::SeqCst);
+        let flags = memory.load(self.layout.driver + EVENT_FLAGS)? & 3;
+        match flags {
+            DISABLE => return Ok(false),
+            ONE if self.event_idx => {}
+            _ => return Ok(true),
+        }
+        let event = memory.load(self.layout.driver)?;
+        let event = Place {
+            index: event & !EVENT_WRAP,
+            wrap: event & EVENT_WRAP != 0,
+        };
+        // A notification too many does no harm, one too few does: what makes no sense gets one.
+        if event.index >= self.layout.size || passed >= 2 * u32::from(self.layout.size) {
+            return Ok(true);
+        }
+        // Whether the event is one of the descriptors passed: how far behind it lies.
+        let behind = event.steps_to(self.used, self.layout.size);
+        Ok((1..=passed).contains(&behind))
+    }
+
+    pub(super) fn disable_kicks(&mut self, memory: &dyn Memory) -> Result<(), Broken> {
+        memory.store(self.layout.device + EVENT_FLAGS, DISABLE)?;
+        Ok(())
+    }
+
+    pub(super) fn enable_kicks(&mut self, memory: &dyn Memory) -> Result<bool, Broken> {
+        if self.event_idx {
+            let wrap = if self.avail.wrap { EVENT_WRAP } else { 0 };
+            memory.store(self.layout.device, self.avail.index | wrap)?;
+            memory.store(self.layout.device + EVENT_FLAGS, ONE)?;
+        } else {
+            memory.store(self.layout.device + EVENT_FLAGS, ENABLE)?;
+        }
+        // The driver first makes requests available and then looks at what the device waits for.
+        fence(Ordering::SeqCst);
+        self.is_available(memory)
+    }
+}
