@@ -1,0 +1,231 @@
+//! The file behind a disk.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek as _, SeekFrom};
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, Flock, FlockArg, fallocate};
+
+use super::SECTOR;
+
+/// A file or block device with whole sectors, locked against other services.
+#[derive(Debug)]
+pub struct Image {
+    file: Flock<File>,
+    sectors: u64,
+    physical_block: u32,
+}
+
+/// Why an image cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ImageError {
+    /// It cannot be opened or looked at.
+    #[error("the image {}: {error}", .path.display())]
+    Open {
+        /// Its path.
+        path: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
+    /// Neither a file nor a block device.
+    #[error("the image {} is neither a regular file nor a block device", .0.display())]
+    Kind(PathBuf),
+    /// No whole sectors.
+    #[error(
+        "the image {} has {bytes} bytes, which is no whole number of sectors of 512 bytes; \
+         `truncate --size=%512 FILE` rounds it up",
+        .path.display()
+    )]
+    Size {
+        /// Its path.
+        path: PathBuf,
+        /// Its length.
+        bytes: u64,
+    },
+    /// Somebody else has it.
+    #[error("the image {} is in use by another process, which holds a lock on it", .0.display())]
+    Locked(PathBuf),
+}
+
+impl Image {
+    /// Opens and locks an image: shared to read only, else exclusively.
+    ///
+    /// # Errors
+    ///
+    /// Names the image and what is wrong with it.
+    pub fn open(path: &Path, read_only: bool) -> Result<Self, ImageError> {
+        let failed = |error| ImageError::Open {
+            path: path.into(),
+            error,
+        };
+        let mut options = OpenOptions::new();
+        options.read(true).write(!read_only);
+        let file = options.open(path).map_err(failed)?;
+        let metadata = file.metadata().map_err(failed)?;
+        let kind = metadata.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(ImageError::Kind(path.into()));
+        }
+        let how = match read_only {
+            true => FlockArg::LockSharedNonblock,
+            false => FlockArg::LockExclusiveNonblock,
+        };
+        let file = Flock::lock(file, how).map_err(|(_, errno)| match errno {
+            Errno::EWOULDBLOCK => ImageError::Locked(path.into()),
+            errno => failed(errno.into()),
+        })?;
+        // Of a block device the metadata say nothing.
+        let bytes = (&*file).seek(SeekFrom::End(0)).map_err(failed)?;
+        if bytes == 0 || bytes % SECTOR != 0 {
+            return Err(ImageError::Size {
+                path: path.into(),
+                bytes,
+            });
+        }
+        let block = u32::try_from(metadata.blksize()).unwrap_or(0);
+        let usable = block.is_power_of_two() && (512..=1 << 16).contains(&block);
+        Ok(Self {
+            file,
+            sectors: bytes / SECTOR,
+            physical_block: if usable { block } else { 4096 },
+        })
+    }
+
+    pub(super) fn sectors(&self) -> u64 {
+        self.sectors
+    }
+
+    /// Bytes that drivers read and write at least: requests here are buffered, so any sector can
+    /// be written alone.
+    pub(super) fn logical_block(&self) -> u32 {
+        512
+    }
+
+    /// Bytes that are best written at once.
+    pub(super) fn physical_block(&self) -> u32 {
+        self.physical_block
+    }
+
+    pub(super) fn read(&self, at: u64, into: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(into, at)
+    }
+
+    pub(super) fn write(&self, at: u64, from: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(from, at)
+    }
+
+    /// Returns when everything written before is safe.
+    pub(super) fn flush(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    /// Gives the space of a range back, if the file system can; what it reads as is not said.
+    pub(super) fn discard(&self, at: u64, len: u64) -> io::Result<()> {
+        match self.fallocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, at, len) {
+            // Advice that cannot be followed.
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(()),
+            done => Ok(done?),
+        }
+    }
+
+    /// Makes a range read as zeroes, without its space where `unmap` allows it.
+    pub(super) fn zero(&self, at: u64, len: u64, unmap: bool) -> io::Result<()> {
+        let how = match unmap {
+            true => FallocateFlags::FALLOC_FL_PUNCH_HOLE,
+            false => FallocateFlags::FALLOC_FL_ZERO_RANGE,
+        };
+        match self.fallocate(how, at, len) {
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => self.write_zeroes(at, len),
+            done => Ok(done?),
+        }
+    }
+
+    fn fallocate(&self, how: FallocateFlags, at: u64, len: u64) -> nix::Result<()> {
+        let offset = |value: u64| i64::try_from(value).map_err(|_| Errno::EINVAL);
+        let flags = how | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(&*self.file, flags, offset(at)?, offset(len)?)
+    }
+
+    fn write_zeroes(&self, at: u64, len: u64) -> io::Result<()> {
+        let zeroes = [0; 1 << 16];
+        let (mut at, mut left) = (at, len);
+        while left > 0 {
+            let step = left.min(zeroes.len() as u64);
+            self.write(at, &zeroes[..usize::try_from(step).unwrap_or(zeroes.len())])?;
+            at += step;
+            left -= step;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(bytes: u64) -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        File::create(&path).unwrap().set_len(bytes).unwrap();
+        (dir, path)
+    }
+
+    #[test]
+    fn images_without_whole_sectors_are_refused_with_the_remedy() {
+        for bytes in [0, 511, 513] {
+            let (_dir, path) = image(bytes);
+            let error = Image::open(&path, false).unwrap_err();
+            assert!(matches!(error, ImageError::Size { .. }), "{error}");
+            assert!(error.to_string().contains("truncate"), "{error}");
+        }
+        let error = Image::open(Path::new("/dev/null"), false).unwrap_err();
+        assert!(matches!(error, ImageError::Kind(_)), "{error}");
+        let error = Image::open(Path::new("/nonexistent"), false).unwrap_err();
+        assert!(error.to_string().contains("/nonexistent"), "{error}");
+    }
+
+    #[test]
+    fn writers_are_alone_and_readers_among_themselves() {
+        let (_dir, path) = image(4096);
+        let writer = Image::open(&path, false).unwrap();
+        assert_eq!(writer.sectors(), 8);
+        for read_only in [false, true] {
+            let error = Image::open(&path, read_only).unwrap_err();
+            assert!(matches!(error, ImageError::Locked(_)), "{error}");
+        }
+        drop(writer);
+        let _one = Image::open(&path, true).unwrap();
+        let _two = Image::open(&path, true).unwrap();
+        assert!(Image::open(&path, false).is_err());
+    }
+
+    #[test]
+    fn zeroed_ranges_read_as_zeroes() {
+        for unmap in [false, true] {
+            let (_dir, path) = image(1 << 17);
+            let image = Image::open(&path, false).unwrap();
+            image.write(0, &[0xab; 1 << 17]).unwrap();
+            image.zero(512, 1 << 16, unmap).unwrap();
+            let mut bytes = vec![1; 1 << 17];
+            image.read(0, &mut bytes).unwrap();
+            let zeroes = 512..512 + (1 << 16);
+            for (at, byte) in bytes.iter().enumerate() {
+                let expected = if zeroes.contains(&at) { 0 } else { 0xab };
+                assert_eq!(*byte, expected, "at {at}");
+            }
+        }
+        let (_dir, path) = image(1 << 17);
+        let image = Image::open(&path, false).unwrap();
+        image.write(0, &[1; 1 << 17]).unwrap();
+        image.write_zeroes(512, (1 << 16) + 512).unwrap();
+        let mut bytes = vec![1; 1 << 17];
+        image.read(0, &mut bytes).unwrap();
+        assert_eq!(
+            bytes.iter().filter(|&&byte| byte == 0).count(),
+            (1 << 16) + 512
+        );
+    }
+}

@@ -1,0 +1,149 @@
+//! A disk: virtio-blk over a file or a block device.
+
+mod config;
+mod image;
+mod request;
+
+use std::path::Path;
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
+};
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+
+use crate::virtio::{Broken, Chain, Device, Memory, Refusal};
+pub use image::{Image, ImageError};
+
+/// The unit of addresses and lengths in requests, in bytes.
+pub const SECTOR: u64 = 512;
+
+/// Bytes of a serial number.
+pub const SERIAL_BYTES: usize = 20;
+
+/// What a disk is besides its image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Options {
+    /// The driver cannot write.
+    pub read_only: bool,
+    /// Queues, at least one.
+    pub queues: u16,
+    /// At most [`SERIAL_BYTES`] bytes.
+    pub serial: String,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            read_only: false,
+            queues: 1,
+            serial: String::new(),
+        }
+    }
+}
+
+/// A disk.
+#[derive(Debug)]
+pub struct Blk {
+    image: Image,
+    read_only: bool,
+    queues: u16,
+    serial: [u8; SERIAL_BYTES],
+}
+
+/// Why there is no disk.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BlkError {
+    /// The image cannot be used.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A disk without queues.
+    #[error("a disk needs at least one queue")]
+    NoQueues,
+    /// A serial number that does not fit.
+    #[error("the serial number {0:?} is longer than {SERIAL_BYTES} bytes")]
+    Serial(String),
+}
+
+impl Blk {
+    /// Opens the image, which nobody else may write meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// Names the image and what is wrong with it, or the option.
+    pub fn open(image: &Path, options: &Options) -> Result<Self, BlkError> {
+        if options.queues == 0 {
+            return Err(BlkError::NoQueues);
+        }
+        let mut serial = [0; SERIAL_BYTES];
+        match serial.get_mut(..options.serial.len()) {
+            Some(start) => start.copy_from_slice(options.serial.as_bytes()),
+            None => return Err(BlkError::Serial(options.serial.clone())),
+        }
+        Ok(Self {
+            image: Image::open(image, options.read_only)?,
+            read_only: options.read_only,
+            queues: options.queues,
+            serial,
+        })
+    }
+
+    /// Sectors.
+    #[must_use]
+    pub fn capacity(&self) -> u64 {
+        self.image.sectors()
+    }
+}
+
+impl Device for Blk {
+    fn kind(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn features(&self) -> u64 {
+        let mut bits = vec![
+            VIRTIO_BLK_F_SEG_MAX,
+            VIRTIO_BLK_F_BLK_SIZE,
+            VIRTIO_BLK_F_TOPOLOGY,
+            VIRTIO_BLK_F_FLUSH,
+        ];
+        if self.queues > 1 {
+            bits.push(VIRTIO_BLK_F_MQ);
+        }
+        if self.read_only {
+            bits.push(VIRTIO_BLK_F_RO);
+        } else {
+            bits.extend([VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]);
+        }
+        bits.into_iter().fold(0, |all, bit| all | 1 << bit)
+    }
+
+    fn check_features(&self, features: u64) -> Result<(), Refusal> {
+        // A driver that cannot tell a read-only disk would lose what it writes, one request
+        // after the other.
+        let needed = self.features() & 1 << VIRTIO_BLK_F_RO;
+        match needed & !features {
+            0 => Ok(()),
+            missing => Err(Refusal::Missing(missing)),
+        }
+    }
+
+    fn config(&self) -> Vec<u8> {
+        config::space(&self.image, self.queues)
+    }
+
+    fn queues(&self) -> u16 {
+        self.queues
+    }
+
+    fn serve(
+        &self,
+        _queue: u16,
+        features: u64,
+        chain: &Chain,
+        memory: &dyn Memory,
+    ) -> Result<u32, Broken> {
+        request::serve(self, features, chain, memory)
+    }
+}

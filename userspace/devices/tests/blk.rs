@@ -1,0 +1,311 @@
+//! The disk, by requests in a queue.
+
+mod support;
+
+use std::path::PathBuf;
+
+use ioregion_devices::blk::{Blk, BlkError, Options};
+use ioregion_devices::virtio::{
+    Broken, Device as _, Format, Memory as _, Position, Queue, Refusal,
+};
+use proptest::prelude::*;
+use support::{BYTES, DATA, Driver, Flat, Range, driver, setup};
+
+const SECTORS: u64 = 64;
+/// Bit of `VIRTIO_BLK_F_FLUSH`.
+const FLUSH: u64 = 1 << 9;
+
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const SYNC: u32 = 4;
+const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
+
+const OK: u8 = 0;
+const IOERR: u8 = 1;
+const UNSUPP: u8 = 2;
+
+struct Rig {
+    _dir: tempfile::TempDir,
+    path: PathBuf,
+    disk: Blk,
+    memory: Flat,
+    driver: Box<dyn Driver>,
+    queue: Queue,
+}
+
+impl Rig {
+    fn new(read_only: bool) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        let bytes: Vec<u8> = (0..SECTORS * 512).map(|at| (at % 251) as u8).collect();
+        std::fs::write(&path, bytes).unwrap();
+        let options = Options {
+            read_only,
+            serial: "abc".into(),
+            ..Options::default()
+        };
+        let disk = Blk::open(&path, &options).unwrap();
+        let memory = Flat::new(BYTES);
+        let setup = setup(Format::Split, 16, false);
+        Self {
+            _dir: dir,
+            path,
+            disk,
+            driver: driver(&setup),
+            queue: Queue::new(&memory, &setup, Position::start(Format::Split)).unwrap(),
+            memory,
+        }
+    }
+
+    fn content(&self) -> Vec<u8> {
+        std::fs::read(&self.path).unwrap()
+    }
+
+    /// One request: status and bytes written.
+    fn ask(&mut self, kind: u32, sector: u64, data: Data<'_>) -> (u8, u32) {
+        let mut header = [0; 16];
+        header[..4].copy_from_slice(&kind.to_le_bytes());
+        header[8..].copy_from_slice(&sector.to_le_bytes());
+        let (head, status, room) = (DATA, DATA + 0x20, DATA + 0x100);
+        self.memory.put(head, &header);
+        self.memory.put(status, &[0xff]);
+        let mut ranges = vec![(head, 16, false)];
+        match data {
+            Data::None => {}
+            Data::Out(bytes) => {
+                self.memory.put(room, bytes);
+                ranges.push((room, bytes.len() as u32, false));
+            }
+            Data::In(len) => ranges.push((room, len, true)),
+        }
+        ranges.push((status, 1, true));
+        let written = self.serve(&ranges).unwrap();
+        let mut bytes = [0];
+        self.memory.read(status, &mut bytes).unwrap();
+        (bytes[0], written)
+    }
+
+    fn serve(&mut self, ranges: &[Range]) -> Result<u32, Broken> {
+        self.driver.add(&self.memory, ranges, true).unwrap();
+        let chain = self.queue.pop(&self.memory)?.unwrap();
+        let written = self.disk.serve(0, FLUSH, &chain, &self.memory)?;
+        self.queue.push(&self.memory, chain, written)?;
+        let done = self.driver.collect(&self.memory);
+        assert_eq!(done.len(), 1);
+        Ok(done[0].1)
+    }
+
+    fn got(&self, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.memory.read(DATA + 0x100, &mut bytes).unwrap();
+        bytes
+    }
+}
+
+enum Data<'a> {
+    None,
+    Out(&'a [u8]),
+    In(u32),
+}
+
+fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
+    let mut bytes = sector.to_le_bytes().to_vec();
+    bytes.extend(sectors.to_le_bytes());
+    bytes.extend(flags.to_le_bytes());
+    bytes
+}
+
+#[test]
+fn what_is_written_is_read_and_lies_in_the_image() {
+    let mut rig = Rig::new(false);
+    let before = rig.content();
+    assert_eq!(rig.ask(IN, 3, Data::In(1024)), (OK, 1025));
+    assert_eq!(rig.got(1024), before[3 * 512..5 * 512]);
+    assert_eq!(rig.ask(OUT, 62, Data::Out(&[7; 1024])), (OK, 1));
+    assert_eq!(rig.ask(SYNC, 0, Data::None), (OK, 1));
+    assert_eq!(rig.ask(IN, 61, Data::In(1536)), (OK, 1537));
+    let after = rig.content();
+    assert_eq!(rig.got(1536), after[61 * 512..]);
+    assert_eq!(after[..62 * 512], before[..62 * 512]);
+    assert_eq!(after[62 * 512..], [7; 1024]);
+}
+
+#[test]
+fn requests_past_the_end_or_of_half_sectors_fail_and_change_nothing() {
+    let mut rig = Rig::new(false);
+    let before = rig.content();
+    for sector in [63, 64, u64::MAX / 512, u64::MAX - 1, u64::MAX] {
+        assert_eq!(rig.ask(IN, sector, Data::In(1024)), (IOERR, 0));
+        assert_eq!(rig.ask(OUT, sector, Data::Out(&[7; 1024])), (IOERR, 1));
+        for kind in [DISCARD, WRITE_ZEROES] {
+            let list = [range(0, 1, 0), range(sector, 2, 0)].concat();
+            assert_eq!(rig.ask(kind, 0, Data::Out(&list)), (IOERR, 1));
+        }
+    }
+    assert_eq!(rig.ask(IN, 0, Data::In(511)), (IOERR, 0));
+    assert_eq!(rig.ask(OUT, 0, Data::Out(&[7; 513])), (IOERR, 1));
+    assert_eq!(rig.content(), before);
+}
+
+#[test]
+fn ranges_are_zeroed_and_discarded() {
+    let mut rig = Rig::new(false);
+    let before = rig.content();
+    let list = [range(1, 2, 0), range(8, 16, 1)].concat();
+    assert_eq!(rig.ask(WRITE_ZEROES, 0, Data::Out(&list)), (OK, 1));
+    assert_eq!(rig.ask(DISCARD, 0, Data::Out(&range(40, 8, 0))), (OK, 1));
+    let after = rig.content();
+    for (sector, (old, new)) in before.chunks(512).zip(after.chunks(512)).enumerate() {
+        match sector {
+            1..3 | 8..24 => assert_eq!(new, [0; 512], "sector {sector}"),
+            // What discarded sectors read as is not said.
+            40..48 => {}
+            _ => assert_eq!(new, old, "sector {sector}"),
+        }
+    }
+    for (kind, list, status) in [
+        (DISCARD, range(0, 1, 1), UNSUPP),
+        (WRITE_ZEROES, range(0, 1, 2), UNSUPP),
+        (DISCARD, range(0, 0, 0), IOERR),
+        (DISCARD, range(0, 1, 0)[..15].to_vec(), IOERR),
+        (WRITE_ZEROES, range(0, 1, 0).repeat(17), IOERR),
+    ] {
+        assert_eq!(rig.ask(kind, 0, Data::Out(&list)), (status, 1));
+    }
+    assert_eq!(rig.content(), after);
+}
+
+#[test]
+fn serial_number_is_told() {
+    let mut rig = Rig::new(false);
+    assert_eq!(rig.ask(GET_ID, 0, Data::In(20)), (OK, 21));
+    assert_eq!(rig.got(20), *b"abc\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+    // Shorter and longer room than the specification's.
+    assert_eq!(rig.ask(GET_ID, 0, Data::In(2)), (OK, 3));
+    assert_eq!(rig.ask(GET_ID, 0, Data::In(64)), (OK, 20));
+}
+
+#[test]
+fn read_only_disk_is_never_written() {
+    let mut rig = Rig::new(true);
+    let before = rig.content();
+    assert_eq!(rig.ask(IN, 0, Data::In(512)).0, OK);
+    assert_eq!(rig.ask(OUT, 0, Data::Out(&[7; 512])).0, IOERR);
+    for kind in [DISCARD, WRITE_ZEROES] {
+        assert_eq!(rig.ask(kind, 0, Data::Out(&range(0, 1, 0))).0, IOERR);
+    }
+    assert_eq!(rig.content(), before);
+    let ro = 1 << 5;
+    assert_eq!(rig.disk.features() & (1 << 13 | 1 << 14 | ro), ro);
+    assert_eq!(rig.disk.check_features(0), Err(Refusal::Missing(ro)));
+    assert_eq!(rig.disk.check_features(ro), Ok(()));
+}
+
+#[test]
+fn requests_that_cannot_be_answered_break_the_queue() {
+    for ranges in [
+        // No room for a status; half a header.
+        vec![(DATA, 16, false)],
+        vec![(DATA, 15, false), (DATA, 1, true)],
+        vec![(DATA, 1, true)],
+        // A header, or a status, where there is no memory.
+        vec![(8, 16, false), (DATA, 1, true)],
+        vec![(DATA, 16, false), (8, 1, true)],
+    ] {
+        let mut rig = Rig::new(false);
+        assert!(rig.serve(&ranges).is_err(), "{ranges:?}");
+    }
+}
+
+#[test]
+fn data_that_is_nowhere_fails_the_request_alone() {
+    let mut rig = Rig::new(false);
+    let before = rig.content();
+    for kind in [IN, OUT] {
+        rig.memory.put(DATA, &kind.to_le_bytes());
+        let data = (8, 512, kind == IN);
+        let ranges = [(DATA, 16, false), data, (DATA + 0x20, 1, true)];
+        rig.serve(&ranges).unwrap();
+        let mut status = [0];
+        rig.memory.read(DATA + 0x20, &mut status).unwrap();
+        assert_eq!(status, [IOERR]);
+    }
+    assert_eq!(rig.content(), before);
+}
+
+#[test]
+fn image_that_shrinks_under_the_disk_fails_requests() {
+    let mut rig = Rig::new(false);
+    std::fs::File::options()
+        .write(true)
+        .open(&rig.path)
+        .unwrap()
+        .set_len(512)
+        .unwrap();
+    assert_eq!(rig.ask(IN, 0, Data::In(512)).0, OK);
+    assert_eq!(rig.ask(IN, 1, Data::In(512)), (IOERR, 0));
+}
+
+#[test]
+fn unknown_requests_are_not_supported() {
+    let mut rig = Rig::new(false);
+    for kind in [2, 3, 5, 14, u32::MAX] {
+        assert_eq!(rig.ask(kind, 0, Data::None), (UNSUPP, 1));
+    }
+}
+
+#[test]
+fn options_that_make_no_disk_are_refused() {
+    let rig = Rig::new(false);
+    let open = |queues, serial: &str| {
+        let options = Options {
+            queues,
+            serial: serial.into(),
+            ..Options::default()
+        };
+        Blk::open(&rig.path, &options).map(drop)
+    };
+    assert!(matches!(open(0, ""), Err(BlkError::NoQueues)));
+    let long = "x".repeat(21);
+    assert!(matches!(open(1, &long), Err(BlkError::Serial(_))));
+    // 20 bytes fit, but somebody has the image.
+    let fits = "x".repeat(20);
+    assert!(matches!(open(1, &fits), Err(BlkError::Image(_))));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    #[test]
+    fn hostile_requests_never_touch_bytes_outside_what_they_name(
+        kind in prop_oneof![Just(OUT), Just(DISCARD), Just(WRITE_ZEROES), 0..16u32],
+        sector in 0..SECTORS + 2,
+        lens in proptest::collection::vec((0..2000u32, any::<bool>()), 0..5),
+        fill: u8,
+    ) {
+        let mut rig = Rig::new(false);
+        let before = rig.content();
+        rig.memory.put(DATA + 0x100, &vec![fill; 16384]);
+        rig.memory.put(DATA, &kind.to_le_bytes());
+        rig.memory.put(DATA + 8, &sector.to_le_bytes());
+        let mut ranges = vec![(DATA, 16, false)];
+        let mut out = 0;
+        for &(len, writable) in &lens {
+            ranges.push((DATA + 0x100, len, writable));
+            out += if writable { 0 } else { u64::from(len) };
+        }
+        let _ = rig.serve(&ranges);
+        let after = rig.content();
+        prop_assert_eq!(after.len(), before.len());
+        if kind == OUT {
+            let named = sector * 512..sector * 512 + out;
+            for (at, (old, new)) in before.iter().zip(&after).enumerate() {
+                prop_assert!(old == new || named.contains(&(at as u64)), "byte {}", at);
+            }
+        } else if kind != DISCARD && kind != WRITE_ZEROES {
+            prop_assert_eq!(after, before);
+        }
+    }
+}
