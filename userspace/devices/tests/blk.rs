@@ -9,7 +9,7 @@ use ioregion_devices::virtio::{
     Broken, Device as _, Format, Memory as _, Position, Queue, Refusal,
 };
 use proptest::prelude::*;
-use support::{BYTES, DATA, Driver, Flat, Range, driver, setup};
+use support::{BYTES, DATA, Driver, Flat, Range, driver, put, setup};
 
 const SECTORS: u64 = 64;
 /// Bit of `VIRTIO_BLK_F_FLUSH`.
@@ -69,13 +69,13 @@ impl Rig {
         header[..4].copy_from_slice(&kind.to_le_bytes());
         header[8..].copy_from_slice(&sector.to_le_bytes());
         let (head, status, room) = (DATA, DATA + 0x20, DATA + 0x100);
-        self.memory.put(head, &header);
-        self.memory.put(status, &[0xff]);
+        put(&self.memory, head, &header);
+        put(&self.memory, status, &[0xff]);
         let mut ranges = vec![(head, 16, false)];
         match data {
             Data::None => {}
             Data::Out(bytes) => {
-                self.memory.put(room, bytes);
+                put(&self.memory, room, bytes);
                 ranges.push((room, bytes.len() as u32, false));
             }
             Data::In(len) => ranges.push((room, len, true)),
@@ -224,7 +224,7 @@ fn data_that_is_nowhere_fails_the_request_alone() {
     let mut rig = Rig::new(false);
     let before = rig.content();
     for kind in [IN, OUT] {
-        rig.memory.put(DATA, &kind.to_le_bytes());
+        put(&rig.memory, DATA, &kind.to_le_bytes());
         let data = (8, 512, kind == IN);
         let ranges = [(DATA, 16, false), data, (DATA + 0x20, 1, true)];
         rig.serve(&ranges).unwrap();
@@ -287,9 +287,9 @@ proptest! {
     ) {
         let mut rig = Rig::new(false);
         let before = rig.content();
-        rig.memory.put(DATA + 0x100, &vec![fill; 16384]);
-        rig.memory.put(DATA, &kind.to_le_bytes());
-        rig.memory.put(DATA + 8, &sector.to_le_bytes());
+        put(&rig.memory, DATA + 0x100, &vec![fill; 16384]);
+        put(&rig.memory, DATA, &kind.to_le_bytes());
+        put(&rig.memory, DATA + 8, &sector.to_le_bytes());
         let mut ranges = vec![(DATA, 16, false)];
         let mut out = 0;
         for &(len, writable) in &lens {

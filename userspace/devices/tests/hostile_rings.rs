@@ -7,7 +7,7 @@ use ioregion_devices::virtio::{
     Broken, Format, Layout, MAX_SEGMENTS, Memory as _, MemoryError, Position, Queue, Setup,
 };
 use proptest::prelude::*;
-use support::{BYTES, DATA, Flat, TABLES, driver, setup};
+use support::{BYTES, DATA, Flat, TABLES, descriptor, driver, setup};
 
 const SIZE: u16 = 8;
 
@@ -25,8 +25,8 @@ fn with_descriptor(format: Format, addr: u64, len: u32, flags: u16) -> Result<()
     let (memory, setup, mut queue) = with_one(format);
     let at = setup.layout.descriptors;
     match format {
-        Format::Split => memory.descriptor(at, addr, len, flags, 0),
-        Format::Packed => memory.descriptor(at, addr, len, 0, flags | 1 << 7),
+        Format::Split => descriptor(&memory, at, addr, len, flags, 0),
+        Format::Packed => descriptor(&memory, at, addr, len, 0, flags | 1 << 7),
     }
     queue.pop(&memory).map(drop)
 }
@@ -75,12 +75,12 @@ fn indirect_tables_within_tables_or_without_negotiation_break_the_queue() {
             let at = setup.layout.descriptors;
             match format {
                 Format::Split => {
-                    memory.descriptor(at, TABLES, 16, 4, 0);
-                    memory.descriptor(TABLES, DATA, 16, flags, 0);
+                    descriptor(&memory, at, TABLES, 16, 4, 0);
+                    descriptor(&memory, TABLES, DATA, 16, flags, 0);
                 }
                 Format::Packed => {
-                    memory.descriptor(at, TABLES, 16, 0, 4 | 1 << 7);
-                    memory.descriptor(TABLES, DATA, 16, 0, flags);
+                    descriptor(&memory, at, TABLES, 16, 0, 4 | 1 << 7);
+                    descriptor(&memory, TABLES, DATA, 16, 0, flags);
                 }
             }
             assert_eq!(queue.pop(&memory), Err(expected));
@@ -93,28 +93,28 @@ fn links_in_circles_break_the_queue() {
     for flags in [1, 1 | 2] {
         // Split: the descriptor links to itself. Packed: every descriptor goes on.
         let (memory, setup, mut queue) = with_one(Format::Split);
-        memory.descriptor(setup.layout.descriptors, DATA, 1, flags, 0);
+        descriptor(&memory, setup.layout.descriptors, DATA, 1, flags, 0);
         assert_eq!(queue.pop(&memory), Err(Broken::Loop));
 
         let (memory, setup, mut queue) = with_one(Format::Packed);
         for index in 0..u64::from(SIZE) {
             let at = setup.layout.descriptors + 16 * index;
-            memory.descriptor(at, DATA, 1, 0, flags | 1 << 7);
+            descriptor(&memory, at, DATA, 1, 0, flags | 1 << 7);
         }
         assert_eq!(queue.pop(&memory), Err(Broken::Loop));
     }
     // The same within a table.
     let (memory, setup, mut queue) = with_one(Format::Split);
-    memory.descriptor(setup.layout.descriptors, TABLES, 32, 4, 0);
-    memory.descriptor(TABLES, DATA, 1, 1, 1);
-    memory.descriptor(TABLES + 16, DATA, 1, 1, 0);
+    descriptor(&memory, setup.layout.descriptors, TABLES, 32, 4, 0);
+    descriptor(&memory, TABLES, DATA, 1, 1, 1);
+    descriptor(&memory, TABLES + 16, DATA, 1, 1, 0);
     assert_eq!(queue.pop(&memory), Err(Broken::Loop));
 }
 
 #[test]
 fn links_out_of_the_table_break_the_queue() {
     let (memory, setup, mut queue) = with_one(Format::Split);
-    memory.descriptor(setup.layout.descriptors, DATA, 1, 1, SIZE);
+    descriptor(&memory, setup.layout.descriptors, DATA, 1, 1, SIZE);
     let outside = |index, size| Err(Broken::NoSuchDescriptor { index, size });
     assert_eq!(queue.pop(&memory), outside(SIZE, SIZE));
 
@@ -123,12 +123,12 @@ fn links_out_of_the_table_break_the_queue() {
     assert_eq!(queue.pop(&memory), outside(u16::MAX, SIZE));
 
     let (memory, setup, mut queue) = with_one(Format::Split);
-    memory.descriptor(setup.layout.descriptors, TABLES, 32, 4, 0);
-    memory.descriptor(TABLES, DATA, 1, 1, 2);
+    descriptor(&memory, setup.layout.descriptors, TABLES, 32, 4, 0);
+    descriptor(&memory, TABLES, DATA, 1, 1, 2);
     assert_eq!(queue.pop(&memory), outside(2, 2));
 
     let (memory, setup, mut queue) = with_one(Format::Packed);
-    memory.descriptor(setup.layout.descriptors, DATA, 1, SIZE, 1 << 7);
+    descriptor(&memory, setup.layout.descriptors, DATA, 1, SIZE, 1 << 7);
     assert_eq!(queue.pop(&memory), outside(SIZE, SIZE));
 }
 
@@ -144,12 +144,12 @@ fn order_and_length_of_ranges_are_checked() {
             let at = setup.layout.descriptors;
             match format {
                 Format::Split => {
-                    memory.descriptor(at, DATA, first.0, first.1 | 1, 1);
-                    memory.descriptor(at + 16, DATA, second.0, second.1, 0);
+                    descriptor(&memory, at, DATA, first.0, first.1 | 1, 1);
+                    descriptor(&memory, at + 16, DATA, second.0, second.1, 0);
                 }
                 Format::Packed => {
-                    memory.descriptor(at, DATA, first.0, 0, first.1 | 1 | 1 << 7);
-                    memory.descriptor(at + 16, DATA, second.0, 0, second.1 | 1 << 7);
+                    descriptor(&memory, at, DATA, first.0, 0, first.1 | 1 | 1 << 7);
+                    descriptor(&memory, at + 16, DATA, second.0, 0, second.1 | 1 << 7);
                 }
             }
             assert_eq!(queue.pop(&memory), Err(expected), "{format:?}");
@@ -185,7 +185,7 @@ fn requests_in_flight_cannot_be_made_available_again() {
     let (memory, setup, mut queue) = with_one(Format::Packed);
     let first = queue.pop(&memory).unwrap().unwrap();
     let at = setup.layout.descriptors + 16;
-    memory.descriptor(at, DATA, 1, first.id(), 1 << 7);
+    descriptor(&memory, at, DATA, 1, first.id(), 1 << 7);
     assert_eq!(queue.pop(&memory), Err(Broken::InFlight(first.id())));
 }
 
@@ -196,10 +196,10 @@ fn packed_ring_has_no_more_descriptors_than_its_size() {
     let mut held = Vec::new();
     for index in 0..SIZE {
         let at = setup.layout.descriptors + 16 * u64::from(index);
-        memory.descriptor(at, DATA, 1, index, 1 << 7);
+        descriptor(&memory, at, DATA, 1, index, 1 << 7);
         held.push(queue.pop(&memory).unwrap().unwrap());
     }
-    memory.descriptor(setup.layout.descriptors, DATA, 1, 0, 1 << 15);
+    descriptor(&memory, setup.layout.descriptors, DATA, 1, 0, 1 << 15);
     assert_eq!(queue.pop(&memory), Err(Broken::Loop));
 }
 

@@ -36,27 +36,31 @@ impl Flat {
         let end = start.checked_add(len).ok_or(unmapped)?;
         bytes.get_mut(start..end).map(act).ok_or(unmapped)
     }
+}
 
-    pub fn u16(&self, addr: u64) -> u16 {
-        self.load(addr).unwrap()
-    }
+/// What drivers do with memory that is there.
+pub fn u16_at(memory: &dyn Memory, addr: u64) -> u16 {
+    memory.load(addr).unwrap()
+}
 
-    pub fn u32(&self, addr: u64) -> u32 {
-        let mut bytes = [0; 4];
-        self.read(addr, &mut bytes).unwrap();
-        u32::from_le_bytes(bytes)
-    }
+pub fn u32_at(memory: &dyn Memory, addr: u64) -> u32 {
+    let mut bytes = [0; 4];
+    memory.read(addr, &mut bytes).unwrap();
+    u32::from_le_bytes(bytes)
+}
 
-    pub fn put(&self, addr: u64, bytes: &[u8]) {
-        self.write(addr, bytes).unwrap();
-    }
+pub fn put(memory: &dyn Memory, addr: u64, bytes: &[u8]) {
+    memory.write(addr, bytes).unwrap();
+}
 
-    pub fn descriptor(&self, at: u64, addr: u64, len: u32, at12: u16, at14: u16) {
-        self.put(at, &addr.to_le_bytes());
-        self.put(at + 8, &len.to_le_bytes());
-        self.put(at + 12, &at12.to_le_bytes());
-        self.put(at + 14, &at14.to_le_bytes());
-    }
+/// A descriptor of either format.
+pub fn descriptor(memory: &dyn Memory, at: u64, addr: u64, len: u32, at12: u16, at14: u16) {
+    let mut bytes = addr.to_le_bytes().to_vec();
+    bytes.extend(len.to_le_bytes());
+    bytes.extend(at12.to_le_bytes());
+    put(memory, at, &bytes);
+    // Last and at once: in packed rings it makes the descriptor available.
+    memory.store(at + 14, at14).unwrap();
 }
 
 impl Memory for Flat {
@@ -89,13 +93,13 @@ pub type Range = (u64, u32, bool);
 /// The driver's side of a queue.
 pub trait Driver {
     /// Makes a request available: its name, or nothing where there is no room.
-    fn add(&mut self, memory: &Flat, ranges: &[Range], indirect: bool) -> Option<u16>;
+    fn add(&mut self, memory: &dyn Memory, ranges: &[Range], indirect: bool) -> Option<u16>;
     /// Takes what the device gave back: name and bytes written.
-    fn collect(&mut self, memory: &Flat) -> Vec<(u16, u32)>;
+    fn collect(&mut self, memory: &dyn Memory) -> Vec<(u16, u32)>;
     /// Asks for a notification of what the device gives back next; or of nothing.
-    fn arm(&mut self, memory: &Flat, armed: bool);
+    fn arm(&mut self, memory: &dyn Memory, armed: bool);
     /// Whether the device wants to hear of what was added since the last call.
-    fn must_kick(&mut self, memory: &Flat) -> bool;
+    fn must_kick(&mut self, memory: &dyn Memory) -> bool;
 }
 
 /// The driver of a queue at the start of memory.

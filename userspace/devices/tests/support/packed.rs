@@ -1,8 +1,8 @@
 //! A driver of packed queues.
 
-use ioregion_devices::virtio::{Layout, Memory as _, Setup};
+use ioregion_devices::virtio::{Layout, Memory, Setup};
 
-use super::{Driver, Flat, Range, TABLES};
+use super::{Driver, Range, TABLES, descriptor, u16_at, u32_at};
 
 pub struct Packed {
     layout: Layout,
@@ -46,7 +46,7 @@ impl Packed {
 }
 
 impl Driver for Packed {
-    fn add(&mut self, memory: &Flat, ranges: &[Range], indirect: bool) -> Option<u16> {
+    fn add(&mut self, memory: &dyn Memory, ranges: &[Range], indirect: bool) -> Option<u16> {
         let count = u16::try_from(ranges.len()).unwrap();
         let slots = if indirect { 1 } else { count };
         if self.free < slots {
@@ -63,7 +63,7 @@ impl Driver for Packed {
                 let at = table + 16 * number as u64;
                 // The flags that say whose turn it is mean nothing here.
                 let flags = if range.2 { 1 << 7 | 2 } else { 1 << 15 };
-                memory.descriptor(at, range.0, range.1, 77, flags);
+                descriptor(memory, at, range.0, range.1, 77, flags);
             }
             written.push((first, table, 16 * u32::from(count), 4 | turn(first.1)));
         } else {
@@ -79,7 +79,7 @@ impl Driver for Packed {
         let last = written.len() - 1;
         for (number, &(at, addr, len, flags)) in written.iter().enumerate().rev() {
             let name = if number == last { id } else { 0xdead };
-            memory.descriptor(place(at), addr, len, name, flags);
+            descriptor(memory, place(at), addr, len, name, flags);
         }
         self.avail = self.forward(self.avail, slots);
         self.free -= slots;
@@ -88,20 +88,20 @@ impl Driver for Packed {
         Some(id)
     }
 
-    fn collect(&mut self, memory: &Flat) -> Vec<(u16, u32)> {
+    fn collect(&mut self, memory: &dyn Memory) -> Vec<(u16, u32)> {
         let mut all = Vec::new();
         loop {
             let at = self.layout.descriptors + u64::from(self.used.0) * 16;
-            let flags = memory.u16(at + 14);
+            let flags = u16_at(memory, at + 14);
             let (avail, used) = (flags & 1 << 7 != 0, flags & 1 << 15 != 0);
             if avail != used || used != self.used.1 {
                 return all;
             }
-            let id = memory.u16(at + 12);
+            let id = u16_at(memory, at + 12);
             let slots = std::mem::take(&mut self.held[usize::from(id)]);
             assert!(slots > 0, "request {id} came back twice");
             let written = if flags & 2 != 0 {
-                memory.u32(at + 8)
+                u32_at(memory, at + 8)
             } else {
                 0
             };
@@ -112,7 +112,7 @@ impl Driver for Packed {
         }
     }
 
-    fn arm(&mut self, memory: &Flat, armed: bool) {
+    fn arm(&mut self, memory: &dyn Memory, armed: bool) {
         let at = self.layout.driver;
         match (armed, self.event_idx) {
             (false, _) => memory.store(at + 2, 1).unwrap(),
@@ -124,10 +124,10 @@ impl Driver for Packed {
         }
     }
 
-    fn must_kick(&mut self, memory: &Flat) -> bool {
+    fn must_kick(&mut self, memory: &dyn Memory) -> bool {
         let added = std::mem::take(&mut self.added);
-        let flags = memory.u16(self.layout.device + 2);
-        let event = memory.u16(self.layout.device);
+        let flags = u16_at(memory, self.layout.device + 2);
+        let event = u16_at(memory, self.layout.device);
         match flags {
             _ if added == 0 => false,
             0 => true,

@@ -1,8 +1,8 @@
 //! A driver of split queues.
 
-use ioregion_devices::virtio::{Layout, Memory as _, Setup};
+use ioregion_devices::virtio::{Layout, Memory, Setup};
 
-use super::{Driver, Flat, Range, TABLES};
+use super::{Driver, Range, TABLES, descriptor, put, u16_at, u32_at};
 
 pub struct Split {
     layout: Layout,
@@ -36,7 +36,7 @@ impl Split {
 }
 
 impl Driver for Split {
-    fn add(&mut self, memory: &Flat, ranges: &[Range], indirect: bool) -> Option<u16> {
+    fn add(&mut self, memory: &dyn Memory, ranges: &[Range], indirect: bool) -> Option<u16> {
         let needed = if indirect { 1 } else { ranges.len() };
         if self.free.len() < needed {
             return None;
@@ -48,7 +48,14 @@ impl Driver for Split {
                 let next = names.get(number + 1);
                 let flags = u16::from(next.is_some()) | if range.2 { 2 } else { 0 };
                 let at = at + u64::from(*name) * 16;
-                memory.descriptor(at, range.0, range.1, flags, next.copied().unwrap_or(0));
+                descriptor(
+                    memory,
+                    at,
+                    range.0,
+                    range.1,
+                    flags,
+                    next.copied().unwrap_or(0),
+                );
             }
         };
         if indirect {
@@ -57,34 +64,38 @@ impl Driver for Split {
             link(table, &names);
             let len = 16 * u32::try_from(ranges.len()).unwrap();
             let at = self.layout.descriptors + u64::from(head) * 16;
-            memory.descriptor(at, table, len, 4, 0);
+            descriptor(memory, at, table, len, 4, 0);
         } else {
             link(self.layout.descriptors, &indices);
         }
         self.held[usize::from(head)] = indices;
         let slot = u64::from(self.avail) % self.size();
-        memory.put(self.layout.driver + 4 + 2 * slot, &head.to_le_bytes());
+        put(
+            memory,
+            self.layout.driver + 4 + 2 * slot,
+            &head.to_le_bytes(),
+        );
         self.avail = self.avail.wrapping_add(1);
         memory.store(self.layout.driver + 2, self.avail).unwrap();
         Some(head)
     }
 
-    fn collect(&mut self, memory: &Flat) -> Vec<(u16, u32)> {
+    fn collect(&mut self, memory: &dyn Memory) -> Vec<(u16, u32)> {
         let mut all = Vec::new();
-        while self.used != memory.u16(self.layout.device + 2) {
+        while self.used != u16_at(memory, self.layout.device + 2) {
             let slot = u64::from(self.used) % self.size();
             let at = self.layout.device + 4 + 8 * slot;
-            let id = u16::try_from(memory.u32(at)).unwrap();
+            let id = u16::try_from(u32_at(memory, at)).unwrap();
             let held = std::mem::take(&mut self.held[usize::from(id)]);
             assert!(!held.is_empty(), "request {id} came back twice");
             self.free.extend(held);
-            all.push((id, memory.u32(at + 4)));
+            all.push((id, u32_at(memory, at + 4)));
             self.used = self.used.wrapping_add(1);
         }
         all
     }
 
-    fn arm(&mut self, memory: &Flat, armed: bool) {
+    fn arm(&mut self, memory: &dyn Memory, armed: bool) {
         if self.event_idx {
             // Disarmed: an event that has just passed.
             let event = if armed {
@@ -99,16 +110,16 @@ impl Driver for Split {
         }
     }
 
-    fn must_kick(&mut self, memory: &Flat) -> bool {
+    fn must_kick(&mut self, memory: &dyn Memory) -> bool {
         let (old, new) = (self.looked, self.avail);
         self.looked = new;
         if old == new {
             return false;
         }
         if !self.event_idx {
-            return memory.u16(self.layout.device) & 1 == 0;
+            return u16_at(memory, self.layout.device) & 1 == 0;
         }
-        let event = memory.u16(self.layout.device + 4 + 8 * self.size());
+        let event = u16_at(memory, self.layout.device + 4 + 8 * self.size());
         new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
     }
 }
