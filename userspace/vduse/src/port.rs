@@ -1,0 +1,184 @@
+//! What a service needs of the kernel, and the device file that gives it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt as _;
+
+use ioregion_abi::vduse::{
+    ConfigData, IotlbEntry, VDUSE_ACCESS_RO, VDUSE_ACCESS_WO, VDUSE_DEV_GET_FEATURES,
+    VDUSE_DEV_INJECT_CONFIG_IRQ, VDUSE_DEV_SET_CONFIG, VDUSE_VQ_GET_INFO, VDUSE_VQ_INJECT_IRQ,
+    VDUSE_VQ_SETUP, VDUSE_VQ_SETUP_KICKFD, VqConfig, VqEventfd, VqInfo,
+};
+
+use crate::control::path_of;
+use crate::error::Error;
+use crate::iotlb::{Region, Source};
+use crate::sys;
+
+/// The kernel's side of one device. The descriptor carries requests and answers, each read and
+/// written whole, and does not block; the other requests go by methods.
+pub trait Port: AsFd + Source {
+    /// The features that the driver took.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    fn driver_features(&self) -> io::Result<u64>;
+
+    /// What the driver set up of a queue.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    fn queue(&self, index: u32) -> io::Result<VqInfo>;
+
+    /// Sets the eventfd by which the driver notifies about a queue, until the next reset.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    fn set_kick(&self, index: u32, eventfd: BorrowedFd<'_>) -> io::Result<()>;
+
+    /// Interrupts the driver for a queue.
+    ///
+    /// # Errors
+    ///
+    /// The system's; `EINVAL` as long as the kernel has not noted that the driver is ready.
+    fn interrupt(&self, index: u32) -> io::Result<()>;
+}
+
+/// The file of a device, `/dev/vduse/NAME`.
+#[derive(Debug)]
+pub struct DeviceFile {
+    name: String,
+    file: File,
+}
+
+impl DeviceFile {
+    /// Opens the file of a device that was made with
+    /// [`Control::create`](crate::Control::create); one process can have it open.
+    ///
+    /// # Errors
+    ///
+    /// Where there is none, it may not be opened, or (`EBUSY`) somebody has it.
+    pub fn open(name: &str) -> Result<Self, Error> {
+        let path = path_of(name)?;
+        let mut options = File::options();
+        options
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK);
+        match options.open(&path) {
+            Ok(file) => Ok(Self {
+                name: name.into(),
+                file,
+            }),
+            Err(error) => Err(Error::Open { path, error }),
+        }
+    }
+
+    /// The device's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn kernel(&self, what: &'static str) -> impl FnOnce(io::Error) -> Error {
+        let name = self.name.clone();
+        move |error| Error::Kernel { name, what, error }
+    }
+
+    /// Sets the largest size of a queue; each needs one before the device can get on the bus.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn set_up_queue(&self, index: u16, max_size: u16) -> Result<(), Error> {
+        let request = VqConfig {
+            index: index.into(),
+            max_size,
+            ..VqConfig::default()
+        };
+        sys::pass(self.as_fd(), VDUSE_VQ_SETUP, &request).map_err(self.kernel("setting up a queue"))
+    }
+
+    /// Changes the configuration space, from `offset` on, and tells the driver where it is
+    /// ready.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn change_config(&self, offset: u32, bytes: &[u8]) -> Result<(), Error> {
+        let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+        let mut request = [0; size_of::<ConfigData>()];
+        request[..4].copy_from_slice(&offset.to_ne_bytes());
+        request[4..].copy_from_slice(&length.to_ne_bytes());
+        let request = [&request, bytes].concat();
+        sys::pass_bytes(self.as_fd(), VDUSE_DEV_SET_CONFIG, &request)
+            .map_err(self.kernel("changing its configuration space"))?;
+        match sys::number(self.as_fd(), VDUSE_DEV_INJECT_CONFIG_IRQ) {
+            // No driver is there to be told; it reads the space when it comes.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+            done => done.map_err(self.kernel("telling the driver of its configuration space")),
+        }
+    }
+}
+
+impl AsFd for DeviceFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl Source for DeviceFile {
+    fn region(&self, addr: u64) -> io::Result<Option<Region>> {
+        let mut entry = IotlbEntry {
+            start: addr,
+            last: addr,
+            ..IotlbEntry::default()
+        };
+        let file = match sys::receive_fd(self.as_fd(), &mut entry) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(None),
+            file => file?,
+        };
+        Ok(Some(Region {
+            first: entry.start,
+            last: entry.last,
+            read: entry.perm & VDUSE_ACCESS_RO != 0,
+            write: entry.perm & VDUSE_ACCESS_WO != 0,
+            file,
+            offset: entry.offset,
+        }))
+    }
+}
+
+impl Port for DeviceFile {
+    fn driver_features(&self) -> io::Result<u64> {
+        let mut features = 0;
+        sys::update(self.as_fd(), VDUSE_DEV_GET_FEATURES, &mut features)?;
+        Ok(features)
+    }
+
+    fn queue(&self, index: u32) -> io::Result<VqInfo> {
+        let mut info = VqInfo {
+            index,
+            ..VqInfo::default()
+        };
+        sys::update(self.as_fd(), VDUSE_VQ_GET_INFO, &mut info)?;
+        Ok(info)
+    }
+
+    fn set_kick(&self, index: u32, eventfd: BorrowedFd<'_>) -> io::Result<()> {
+        let fd = eventfd.as_raw_fd();
+        sys::pass(
+            self.as_fd(),
+            VDUSE_VQ_SETUP_KICKFD,
+            &VqEventfd { index, fd },
+        )
+    }
+
+    fn interrupt(&self, index: u32) -> io::Result<()> {
+        sys::pass(self.as_fd(), VDUSE_VQ_INJECT_IRQ, &index)
+    }
+}

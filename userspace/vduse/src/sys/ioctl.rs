@@ -1,0 +1,107 @@
+//! VDUSE's requests.
+
+use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+
+use ioregion_abi::vduse::{
+    ConfigData, DevConfig, IotlbEntry, VDUSE_CREATE_DEV, VDUSE_DESTROY_DEV, VDUSE_DEV_SET_CONFIG,
+    VDUSE_IOTLB_GET_FD, VDUSE_NAME_MAX, VqConfig, VqEventfd, VqInfo,
+};
+
+/// Arguments that are nothing but integers, in the kernel's layout.
+///
+/// # Safety
+///
+/// Every byte pattern must be a value, and the kernel must read no pointer from it.
+pub(crate) unsafe trait Argument {}
+
+// SAFETY: An integer.
+unsafe impl Argument for u32 {}
+// SAFETY: An integer.
+unsafe impl Argument for u64 {}
+// SAFETY: Integers only.
+unsafe impl Argument for VqConfig {}
+// SAFETY: Integers only.
+unsafe impl Argument for VqInfo {}
+// SAFETY: Integers only; the descriptor in it is checked by the kernel.
+unsafe impl Argument for VqEventfd {}
+
+fn check(returned: libc::c_int) -> io::Result<libc::c_int> {
+    match returned {
+        ..0 => Err(io::Error::last_os_error()),
+        _ => Ok(returned),
+    }
+}
+
+/// Bytes of the argument, by the request's number.
+fn argument_bytes(request: u64) -> usize {
+    usize::try_from(request >> 16 & 0x3fff).unwrap_or(usize::MAX)
+}
+
+/// A request that reads its argument.
+pub(crate) fn pass<T: Argument>(fd: BorrowedFd<'_>, request: u64, value: &T) -> io::Result<()> {
+    let mut copy = std::mem::MaybeUninit::<T>::uninit();
+    // SAFETY: Both are one `T`; `T` is integers, so a copy of its bytes is as good.
+    let value = unsafe {
+        std::ptr::copy_nonoverlapping(value, copy.as_mut_ptr(), 1);
+        copy.assume_init_mut()
+    };
+    update(fd, request, value)
+}
+
+/// A request that reads or writes its argument.
+pub(crate) fn update<T: Argument>(
+    fd: BorrowedFd<'_>,
+    request: u64,
+    value: &mut T,
+) -> io::Result<()> {
+    assert_eq!(argument_bytes(request), size_of::<T>());
+    // SAFETY: The number says how many bytes the kernel touches: those of `value`, which is
+    // integers (`Argument`).
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), request, std::ptr::from_mut(value)) })?;
+    Ok(())
+}
+
+/// A request without an argument.
+pub(crate) fn number(fd: BorrowedFd<'_>, request: u64) -> io::Result<()> {
+    assert_eq!(argument_bytes(request), 0);
+    // SAFETY: The number says that there is no argument.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), request, 0) })?;
+    Ok(())
+}
+
+/// A request whose argument is followed by bytes, as many as a field of it says, or is a name.
+pub(crate) fn pass_bytes(fd: BorrowedFd<'_>, request: u64, bytes: &[u8]) -> io::Result<()> {
+    let word = |at: usize| match bytes.get(at..).and_then(|rest| rest.first_chunk()) {
+        Some(word) => u32::from_ne_bytes(*word) as usize,
+        None => usize::MAX,
+    };
+    let read = match request {
+        VDUSE_CREATE_DEV => {
+            size_of::<DevConfig>().checked_add(word(std::mem::offset_of!(DevConfig, config_size)))
+        }
+        VDUSE_DEV_SET_CONFIG => {
+            size_of::<ConfigData>().checked_add(word(std::mem::offset_of!(ConfigData, length)))
+        }
+        VDUSE_DESTROY_DEV => Some(VDUSE_NAME_MAX),
+        _ => None,
+    };
+    assert!(read.is_some_and(|read| read <= bytes.len()));
+    // SAFETY: The kernel reads no more than was checked to be there.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), request, bytes.as_ptr()) })?;
+    Ok(())
+}
+
+/// The file of the region at the addresses in `entry`, which it fills in.
+pub(crate) fn receive_fd(fd: BorrowedFd<'_>, entry: &mut IotlbEntry) -> io::Result<OwnedFd> {
+    // SAFETY: The number belongs to this struct, which is integers.
+    let received = check(unsafe {
+        libc::ioctl(
+            fd.as_raw_fd(),
+            VDUSE_IOTLB_GET_FD,
+            std::ptr::from_mut(entry),
+        )
+    })?;
+    // SAFETY: The kernel has just made it, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(received) })
+}
