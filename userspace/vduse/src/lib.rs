@@ -1,15 +1,51 @@
 //! VDUSE: virtio devices in user space, driven by this machine's kernel or by a VMM.
 //!
 //! * [`Control`] makes and removes devices, [`vdpa`] puts them on the vDPA bus.
+//! * [`Service`] serves a [`Device`](ioregion_devices::virtio::Device): it answers the kernel's
+//!   requests and runs a thread for each queue.
 //! * [`Iotlb`] is the driver's memory, mapped when it is touched and never touched after it was
 //!   taken back.
-//! * [`decode`], [`encode`] and [`Status`] are the kernel's requests and what they mean, without
-//!   I/O.
+//! * [`decode`], [`encode`] and [`Status`] are what the service decides with, without I/O.
+//!
+//! # A complete disk
+//!
+//! ```no_run
+//! use std::path::Path;
+//! use std::sync::Arc;
+//!
+//! use ioregion_devices::blk::{Blk, Options};
+//! use ioregion_devices::virtio::Device as _;
+//! use ioregion_vduse::{Control, DeviceConfig, DeviceFile, Service, ServiceOptions, offered, vdpa};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let disk = Arc::new(Blk::open(Path::new("disk.img"), &Options::default())?);
+//! let options = ServiceOptions::default();
+//! let control = Control::open()?;
+//! control.create(&DeviceConfig {
+//!     name: "disk0".into(),
+//!     device_id: disk.kind(),
+//!     vendor_id: 0,
+//!     features: offered(&*disk, &options),
+//!     queues: disk.queues(),
+//!     config: disk.config(),
+//! })?;
+//! let file = DeviceFile::open("disk0")?;
+//! file.set_up_queue(0, 256)?;
+//! let service = Service::start("disk0", file, disk, options)?;
+//! vdpa::attach("disk0")?; // with virtio_vdpa loaded, /dev/vda is there now
+//!
+//! vdpa::detach("disk0")?;
+//! service.stop()?;
+//! control.destroy("disk0")?;
+//! # Ok(())
+//! # }
+//! ```
 //!
 //! # What a driver cannot do
 //!
 //! Queues, requests and memory are the driver's and are not trusted: a queue that breaks the
-//! rules is broken until the driver resets the device, and nothing else happens. The driver is not told, since VDUSE has no way to set `DEVICE_NEEDS_RESET`. Memory
+//! rules is broken ([`Health::Broken`]) until the driver resets the device, and nothing else
+//! happens. The driver is not told, since VDUSE has no way to set `DEVICE_NEEDS_RESET`. Memory
 //! that vanishes under an access (the kernel's bounce buffer has pages only where requests are)
 //! raises SIGBUS, for which this library installs a handler; other causes of SIGBUS go to the
 //! handler that was there before.
@@ -19,13 +55,17 @@ mod error;
 mod iotlb;
 mod message;
 mod port;
+mod service;
 mod status;
 mod sys;
 pub mod vdpa;
+mod worker;
 
 pub use control::{Control, DeviceConfig, available};
 pub use error::Error;
 pub use iotlb::{Iotlb, Region, Session, Source};
 pub use message::{Answer, BadRequest, Request, decode, encode};
 pub use port::{DeviceFile, Port};
+pub use service::{Service, ServiceOptions, offered};
 pub use status::{Status, StatusError, Step};
+pub use worker::Health;

@@ -1,0 +1,403 @@
+//! A device that is served: a thread for the kernel's requests, and one for each queue.
+//!
+//! The thread for requests does nothing that can take long, so that each is answered in time:
+//! what the device does with its files happens on the queues' threads. When the driver resets the
+//! device, its memory is closed at once ([`Iotlb::close`]); the queues' threads get some time to
+//! finish, and one that does not (a file that hangs) is left behind. It reaches neither the
+//! driver's memory nor the driver, and the threads of the next driver wait until it has ended.
+
+use std::io;
+use std::os::fd::AsFd as _;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use ioregion_abi::vduse::MESSAGE_BYTES;
+use ioregion_devices::virtio::{Device, Format, Position, Refusal};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use virtio_bindings::virtio_config::{
+    VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1,
+};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use crate::error::Error;
+use crate::iotlb::{Iotlb, Region, Source};
+use crate::message::{Answer, Request, decode, encode};
+use crate::port::Port;
+use crate::status::{Status, Step};
+use crate::worker::{Health, Running, Shared, Worker};
+
+/// Features without which nothing here works.
+const NEEDED: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_F_ACCESS_PLATFORM;
+
+/// How a device is served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ServiceOptions {
+    /// Offer packed queues, too.
+    pub packed: bool,
+    /// How long a reset waits for the queues' threads. Far below the kernel's message timeout
+    /// (30 s unless it was changed).
+    pub grace: Duration,
+}
+
+impl Default for ServiceOptions {
+    fn default() -> Self {
+        Self {
+            packed: false,
+            grace: Duration::from_secs(5),
+        }
+    }
+}
+
+/// All features that a device offers over VDUSE.
+#[must_use]
+pub fn offered(device: &dyn Device, options: &ServiceOptions) -> u64 {
+    let mut features = device.features() | NEEDED;
+    features |= 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
+    if options.packed {
+        features |= 1 << VIRTIO_F_RING_PACKED;
+    }
+    features
+}
+
+/// A device that is served, until it is stopped or the kernel gives it up.
+#[derive(Debug)]
+pub struct Service {
+    name: String,
+    stop: Arc<EventFd>,
+    ended: Arc<EventFd>,
+    queues: Arc<Mutex<Vec<Arc<Shared>>>>,
+    thread: Option<JoinHandle<Result<(), Error>>>,
+}
+
+impl Service {
+    /// Starts to serve a device. Queues must have been set up; it should get on the bus only
+    /// now, because its driver waits for answers.
+    ///
+    /// # Errors
+    ///
+    /// Where a thread cannot be started.
+    pub fn start<P: Port + 'static>(
+        name: &str,
+        port: P,
+        device: Arc<dyn Device>,
+        options: ServiceOptions,
+    ) -> Result<Self, Error> {
+        let failed = |what: &str, error: io::Error| Error::Thread {
+            name: name.into(),
+            what: format!("{what}: {error}"),
+        };
+        let eventfd = || {
+            let made = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC);
+            let made = made.map_err(|error| failed("no eventfd", error.into()))?;
+            Ok::<_, Error>(Arc::new(made))
+        };
+        let (stop, ended) = (eventfd()?, eventfd()?);
+        let queues = Arc::new(Mutex::new(Vec::new()));
+        let port = Arc::new(port);
+        let mut messages = Messages {
+            name: name.into(),
+            iotlb: Arc::new(Iotlb::new(Arc::clone(&port))),
+            port,
+            offered: offered(&*device, &options),
+            device,
+            options,
+            status: Status::default(),
+            stop: Arc::clone(&stop),
+            queues: Arc::clone(&queues),
+            running: Vec::new(),
+        };
+        let tell = Arc::clone(&ended);
+        let thread = std::thread::Builder::new()
+            .name(format!("{name}-messages"))
+            .spawn(move || {
+                let result = messages.run();
+                messages.quiesce();
+                // Full is as good.
+                let _ = tell.write(1);
+                result
+            })
+            .map_err(|error| failed("no thread", error))?;
+        Ok(Self {
+            name: name.into(),
+            stop,
+            ended,
+            queues,
+            thread: Some(thread),
+        })
+    }
+
+    /// Readable once the device is no longer served, because the kernel gave it up; why,
+    /// [`stop`](Self::stop) tells.
+    #[must_use]
+    pub fn ended(&self) -> &EventFd {
+        &self.ended
+    }
+
+    /// How the queues are doing; nothing while no driver is ready.
+    #[must_use]
+    pub fn health(&self) -> Vec<Health> {
+        let queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
+        let health =
+            |shared: &Arc<Shared>| *shared.health.lock().unwrap_or_else(PoisonError::into_inner);
+        queues.iter().map(health).collect()
+    }
+
+    /// Ends the service: the device must be off the bus.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Broken`] where the kernel gave the device up, or why it could not be served.
+    pub fn stop(mut self) -> Result<(), Error> {
+        self.finish()
+    }
+
+    fn finish(&mut self) -> Result<(), Error> {
+        let Some(thread) = self.thread.take() else {
+            return Ok(());
+        };
+        // Full is as good.
+        let _ = self.stop.write(1);
+        thread.join().unwrap_or_else(|_| {
+            Err(Error::Thread {
+                name: self.name.clone(),
+                what: "the thread for the kernel's requests has panicked".into(),
+            })
+        })
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        if let Err(error) = self.finish() {
+            tracing::error!(%error, "a device was dropped");
+        }
+    }
+}
+
+impl<P: Port> Source for Arc<P> {
+    fn region(&self, addr: u64) -> io::Result<Option<Region>> {
+        P::region(self, addr)
+    }
+}
+
+/// The thread for the kernel's requests.
+struct Messages<P: Port> {
+    name: String,
+    port: Arc<P>,
+    iotlb: Arc<Iotlb<Arc<P>>>,
+    device: Arc<dyn Device>,
+    offered: u64,
+    options: ServiceOptions,
+    status: Status,
+    stop: Arc<EventFd>,
+    /// The queues' threads, of the driver that is ready.
+    queues: Arc<Mutex<Vec<Arc<Shared>>>>,
+    /// Threads that may not have ended, by driver; those of the last one come last.
+    running: Vec<Arc<Running>>,
+}
+
+impl<P: Port + 'static> Messages<P> {
+    fn run(&mut self) -> Result<(), Error> {
+        loop {
+            let mut fds = [
+                PollFd::new(self.port.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.stop.as_fd(), PollFlags::POLLIN),
+            ];
+            match poll(&mut fds, PollTimeout::NONE) {
+                Err(Errno::EINTR) => continue,
+                Err(error) => return Err(self.failed("waiting for requests", error.into())),
+                Ok(_) => {}
+            }
+            let events = fds.map(|fd| fd.revents().unwrap_or(PollFlags::empty()));
+            if !events[1].is_empty() {
+                return Ok(());
+            }
+            if events[0].contains(PollFlags::POLLIN) {
+                self.one()?;
+            } else if events[0].intersects(PollFlags::POLLERR | PollFlags::POLLHUP) {
+                return Err(Error::Broken(self.name.clone()));
+            }
+        }
+    }
+
+    /// One request and its answer.
+    fn one(&mut self) -> Result<(), Error> {
+        let mut bytes = [0; MESSAGE_BYTES];
+        match nix::unistd::read(self.port.as_fd(), &mut bytes) {
+            Ok(MESSAGE_BYTES) => {}
+            // Somebody took it back.
+            Err(Errno::EAGAIN | Errno::EINTR) => return Ok(()),
+            // Only where the kernel's side has gone.
+            Ok(0) => return Err(Error::Broken(self.name.clone())),
+            Ok(_) => return Err(self.failed("reading a request", io::Error::other("half a one"))),
+            Err(error) => return Err(self.failed("reading a request", error.into())),
+        }
+        let (id, request) = decode(&bytes, 0);
+        let device = &self.name;
+        tracing::trace!(device, id, ?request, "request");
+        let answer = match request {
+            Ok(request) => self.handle(request),
+            Err(error) => {
+                tracing::warn!(device, %error, "a request is refused");
+                Answer::Refused
+            }
+        };
+        match nix::unistd::write(self.port.as_fd(), &encode(id, &answer)) {
+            Ok(MESSAGE_BYTES) => Ok(()),
+            // Too late, or whoever asked was killed: if it matters, the device is now broken,
+            // which the next look at it tells.
+            Err(Errno::ENOENT) => Ok(()),
+            Ok(_) => Err(self.failed("answering", io::Error::other("half an answer was taken"))),
+            Err(error) => Err(self.failed("answering", error.into())),
+        }
+    }
+
+    fn failed(&self, what: &'static str, error: io::Error) -> Error {
+        Error::Kernel {
+            name: self.name.clone(),
+            what,
+            error,
+        }
+    }
+
+    fn handle(&mut self, request: Request) -> Answer {
+        match request {
+            Request::UpdateIotlb { first, last, .. } => {
+                self.iotlb.update(first, last);
+                Answer::Done
+            }
+            Request::SetStatus { status } => self.set_status(status),
+            Request::GetVqState { queue } => match self.position(queue) {
+                Some(position) => Answer::State { queue, position },
+                None => Answer::Refused,
+            },
+            // Of API version 1 and of features, neither of which was asked for.
+            Request::SetVqGroupAsid { .. } | Request::SetVqReady { .. } | Request::Suspend => {
+                tracing::warn!(device = self.name, ?request, "a request is refused");
+                Answer::Refused
+            }
+        }
+    }
+
+    /// Where a queue stands; nothing where there is none or the kernel does not say.
+    fn position(&self, queue: u32) -> Option<Position> {
+        if queue >= self.device.queues().into() {
+            return None;
+        }
+        let queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
+        let shared = queues.get(usize::try_from(queue).ok()?);
+        let noted = shared.and_then(|shared| {
+            *shared
+                .position
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+        });
+        if noted.is_some() {
+            return noted;
+        }
+        let packed = self.port.driver_features().ok()? & 1 << VIRTIO_F_RING_PACKED != 0;
+        Some(Position::start(match packed {
+            true => Format::Packed,
+            false => Format::Split,
+        }))
+    }
+
+    fn set_status(&mut self, bits: u8) -> Answer {
+        let before = self.status;
+        // Asked for where it matters only; the kernel has them before the driver settles them.
+        let features = match self.port.driver_features() {
+            Ok(features) => features,
+            // A reset needs none.
+            Err(_) if bits == 0 => 0,
+            Err(error) => {
+                tracing::error!(device = self.name, %error, "no features of the driver");
+                return Answer::Refused;
+            }
+        };
+        let (offered, device) = (self.offered, &self.device);
+        let check = |features: u64| {
+            let (extra, missing) = (features & !offered, NEEDED & !features);
+            if extra != 0 {
+                return Err(Refusal::NotOffered(extra));
+            }
+            if missing != 0 {
+                return Err(Refusal::Missing(missing));
+            }
+            device.check_features(features & device.features())
+        };
+        match self.status.write(bits, features, check) {
+            Ok(Step::Noted) => Answer::Done,
+            Ok(Step::Reset) => {
+                self.quiesce();
+                Answer::Done
+            }
+            Ok(Step::Start(features)) => match self.start_queues(features) {
+                Ok(()) => Answer::Done,
+                Err(error) => {
+                    tracing::error!(device = self.name, %error, "queues cannot be served");
+                    self.quiesce();
+                    self.status.undo(before);
+                    Answer::Refused
+                }
+            },
+            Err(error) => {
+                tracing::warn!(device = self.name, %error, "a status is refused");
+                Answer::Refused
+            }
+        }
+    }
+
+    fn start_queues(&mut self, features: u64) -> io::Result<()> {
+        self.running.retain(|running| !running.wait(Duration::ZERO));
+        let before = self.running.clone();
+        let running = Arc::new(Running::default());
+        self.running.push(Arc::clone(&running));
+        let session = self.iotlb.session();
+        for index in 0..self.device.queues() {
+            let shared = Arc::new(Shared::new()?);
+            self.port.set_kick(index.into(), shared.kick.as_fd())?;
+            let worker = Worker {
+                name: self.name.clone(),
+                index,
+                features,
+                device: Arc::clone(&self.device),
+                port: Arc::clone(&self.port),
+                session: session.clone(),
+                shared: Arc::clone(&shared),
+                before: before.clone(),
+                running: running.enter(),
+            };
+            std::thread::Builder::new()
+                .name(format!("{}-queue{index}", self.name))
+                .spawn(move || worker.run())?;
+            let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
+            queues.push(shared);
+        }
+        Ok(())
+    }
+
+    /// Ends the queues' threads and takes the driver's memory away from them.
+    fn quiesce(&mut self) {
+        self.iotlb.close();
+        let queues = {
+            let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::take(&mut *queues)
+        };
+        for shared in &queues {
+            shared.end();
+        }
+        if let Some(running) = self.running.last()
+            && !running.wait(self.options.grace)
+        {
+            // They keep the count that the next threads wait for.
+            let device = &self.name;
+            tracing::warn!(
+                device,
+                "a request to a file goes on after the driver's reset"
+            );
+        }
+    }
+}

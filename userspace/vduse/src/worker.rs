@@ -1,0 +1,296 @@
+//! A thread that serves one queue.
+
+use std::io;
+use std::os::fd::AsFd as _;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use ioregion_abi::vduse::VqInfo;
+use ioregion_devices::virtio::{
+    Broken, Device, Format, Layout, MemoryError, Position, Queue, Setup,
+};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::EventFd;
+use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use crate::iotlb::Session;
+use crate::port::Port;
+
+/// How long an interrupt is tried while the kernel has not noted that the driver is ready: it
+/// does so after the answer to the request that made the queues run.
+const INTERRUPT_TRIES: Duration = Duration::from_secs(5);
+
+/// How a queue is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Health {
+    /// No driver is ready.
+    Idle,
+    /// A driver is ready, but has not set up this queue.
+    Waiting,
+    /// It is served.
+    Running,
+    /// The driver broke it; nothing of it is served until the next reset.
+    Broken(Broken),
+    /// The kernel failed the device; nothing of it is served until the next reset.
+    Failed(io::ErrorKind),
+}
+
+/// Counts threads that have not ended.
+#[derive(Debug, Default)]
+pub(crate) struct Running {
+    count: Mutex<usize>,
+    ended: Condvar,
+}
+
+impl Running {
+    pub(crate) fn enter(self: &Arc<Self>) -> Entered {
+        *self.count.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        Entered(Arc::clone(self))
+    }
+
+    /// Waits until all have ended; whether they have.
+    pub(crate) fn wait(&self, limit: Duration) -> bool {
+        let count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self
+            .ended
+            .wait_timeout_while(count, limit, |count| *count > 0);
+        *waited.unwrap_or_else(PoisonError::into_inner).0 == 0
+    }
+}
+
+/// A thread that counts as running.
+#[derive(Debug)]
+pub(crate) struct Entered(Arc<Running>);
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        *self.0.count.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        self.0.ended.notify_all();
+    }
+}
+
+/// What the message thread and a worker share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) stop: AtomicBool,
+    pub(crate) kick: EventFd,
+    /// Where the queue stood when nothing was in flight last.
+    pub(crate) position: Mutex<Option<Position>>,
+    pub(crate) health: Mutex<Health>,
+}
+
+impl Shared {
+    pub(crate) fn new() -> nix::Result<Self> {
+        use nix::sys::eventfd::EfdFlags;
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        Ok(Self {
+            stop: AtomicBool::new(false),
+            kick: EventFd::from_value_and_flags(0, flags)?,
+            position: Mutex::new(None),
+            health: Mutex::new(Health::Waiting),
+        })
+    }
+
+    /// Has the worker end as soon as it can.
+    pub(crate) fn end(&self) {
+        self.stop.store(true, Ordering::Release);
+        // Full is as good.
+        let _ = self.kick.write(1);
+    }
+
+    fn set_health(&self, health: Health) {
+        *self.health.lock().unwrap_or_else(PoisonError::into_inner) = health;
+    }
+}
+
+/// A thread's errand.
+pub(crate) struct Worker<P: Port> {
+    pub(crate) name: String,
+    pub(crate) index: u16,
+    pub(crate) features: u64,
+    pub(crate) device: Arc<dyn Device>,
+    pub(crate) port: Arc<P>,
+    pub(crate) session: Session<Arc<P>>,
+    pub(crate) shared: Arc<Shared>,
+    /// Threads of drivers before this one: what they still write must not come after what this
+    /// one writes.
+    pub(crate) before: Vec<Arc<Running>>,
+    pub(crate) running: Entered,
+}
+
+/// Why a worker ends.
+enum End {
+    /// The driver has reset the device, or the service ends.
+    Stopped,
+    Broken(Broken),
+    Failed(io::Error),
+}
+
+impl From<Broken> for End {
+    fn from(broken: Broken) -> Self {
+        match broken {
+            Broken::Memory(MemoryError::Closed) => Self::Stopped,
+            broken => Self::Broken(broken),
+        }
+    }
+}
+
+impl From<io::Error> for End {
+    fn from(error: io::Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl<P: Port> Worker<P> {
+    /// Serves the queue until it is stopped or breaks.
+    pub(crate) fn run(self) {
+        let Err(end) = self.serve();
+        let (device, queue) = (&self.name, self.index);
+        match end {
+            End::Stopped => self.shared.set_health(Health::Idle),
+            End::Broken(broken) => {
+                // The driver cannot be told: VDUSE has no way to set DEVICE_NEEDS_RESET.
+                tracing::error!(device, queue, %broken, "the driver broke a queue");
+                self.shared.set_health(Health::Broken(broken));
+            }
+            End::Failed(error) => {
+                tracing::error!(device, queue, %error, "a queue cannot be served");
+                self.shared.set_health(Health::Failed(error.kind()));
+            }
+        }
+        drop(self.running);
+    }
+
+    fn serve(&self) -> Result<std::convert::Infallible, End> {
+        for before in &self.before {
+            while !before.wait(Duration::from_millis(50)) {
+                self.check_stopped()?;
+            }
+        }
+        let info = self.wait_for_queue()?;
+        let (setup, position) = self.setup(&info)?;
+        let mut queue = Queue::new(&self.session, &setup, position)?;
+        self.note(&queue);
+        self.shared.set_health(Health::Running);
+        loop {
+            queue.disable_kicks(&self.session)?;
+            while let Some(chain) = queue.pop(&self.session)? {
+                let device = &self.device;
+                let written = device.serve(self.index, self.features, &chain, &self.session)?;
+                queue.push(&self.session, chain, written)?;
+                self.note(&queue);
+                if queue.must_notify(&self.session)? {
+                    self.interrupt()?;
+                }
+                self.check_stopped()?;
+            }
+            if !queue.enable_kicks(&self.session)? {
+                self.wait(PollTimeout::NONE)?;
+            }
+            self.check_stopped()?;
+        }
+    }
+
+    fn check_stopped(&self) -> Result<(), End> {
+        match self.shared.stop.load(Ordering::Acquire) {
+            true => Err(End::Stopped),
+            false => Ok(()),
+        }
+    }
+
+    fn note(&self, queue: &Queue) {
+        let mut position = self.shared.position.lock();
+        let position = position.as_mut().unwrap_or_else(|error| error.get_mut());
+        if queue.in_flight() == 0 {
+            **position = Some(queue.position());
+        }
+    }
+
+    /// Waits for a notification, from the driver or of the end.
+    fn wait(&self, limit: PollTimeout) -> io::Result<()> {
+        let mut fds = [PollFd::new(self.shared.kick.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, limit) {
+            Ok(0) | Err(nix::errno::Errno::EINTR) => {}
+            Ok(_) => {
+                // Who reads it is alone with it.
+                let _ = self.shared.kick.read();
+            }
+            Err(error) => return Err(error.into()),
+        }
+        Ok(())
+    }
+
+    /// Waits until the driver has set the queue up, which may be after it is ready, or never.
+    fn wait_for_queue(&self) -> Result<VqInfo, End> {
+        let mut pause: u16 = 1;
+        loop {
+            self.check_stopped()?;
+            let info = self.port.queue(self.index.into())?;
+            if info.ready != 0 {
+                return Ok(info);
+            }
+            // The kernel says nothing when it happens. Soon after the driver is ready it is
+            // likely, later less and less.
+            self.wait(PollTimeout::from(pause))?;
+            pause = (pause + pause.div_ceil(16)).min(1000);
+        }
+    }
+
+    fn setup(&self, info: &VqInfo) -> Result<(Setup, Position), End> {
+        let has = |bit: u32| self.features & 1 << bit != 0;
+        // A size that is none breaks the queue in `Queue::new`.
+        let size = u16::try_from(info.num).unwrap_or(0);
+        let (format, position) = match has(VIRTIO_F_RING_PACKED) {
+            false => (
+                Format::Split,
+                Position::Split {
+                    avail: info.avail_index(),
+                },
+            ),
+            true => (
+                Format::Packed,
+                Position::Packed {
+                    avail_wrap: info.state.last_avail_counter & 1 != 0,
+                    avail: info.state.last_avail_idx,
+                    used_wrap: info.state.last_used_counter & 1 != 0,
+                    used: info.state.last_used_idx,
+                },
+            ),
+        };
+        let layout = Layout {
+            size,
+            descriptors: info.desc_addr,
+            driver: info.driver_addr,
+            device: info.device_addr,
+        };
+        let setup = Setup {
+            format,
+            layout,
+            indirect: has(VIRTIO_RING_F_INDIRECT_DESC),
+            event_idx: has(VIRTIO_RING_F_EVENT_IDX),
+        };
+        Ok((setup, position))
+    }
+
+    fn interrupt(&self) -> Result<(), End> {
+        let until = Instant::now() + INTERRUPT_TRIES;
+        loop {
+            if !self.session.is_open() {
+                return Err(End::Stopped);
+            }
+            match self.port.interrupt(self.index.into()) {
+                Ok(()) => return Ok(()),
+                Err(error)
+                    if error.raw_os_error() == Some(libc::EINVAL) && Instant::now() < until =>
+                {
+                    std::thread::sleep(Duration::from_millis(1));
+                    self.check_stopped()?;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
