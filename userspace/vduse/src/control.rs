@@ -56,6 +56,9 @@ impl Control {
     /// Opens the control device and agrees with the kernel on the newest API version up to
     /// `version` and on those of the `VDUSE_F_*` in `features` (bits) that it has.
     ///
+    /// A [`Service`](crate::Service) serves devices without features: it refuses the requests
+    /// that come with them.
+    ///
     /// # Errors
     ///
     /// As [`open`](Self::open); [`Error::Version`] where the kernel has no version in common.

@@ -368,11 +368,16 @@ impl<P: Port + 'static> Messages<P> {
                 session: session.clone(),
                 shared: Arc::clone(&shared),
                 before: before.clone(),
-                running: running.enter(),
             };
+            let entered = running.enter();
             std::thread::Builder::new()
                 .name(format!("{}-queue{index}", self.name))
-                .spawn(move || worker.run())?;
+                .spawn(move || {
+                    worker.run();
+                    // Only now: whoever waits for this wants to remove the device, whose file
+                    // the worker had.
+                    drop(entered);
+                })?;
             let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
             queues.push(shared);
         }

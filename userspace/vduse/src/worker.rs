@@ -118,7 +118,6 @@ pub(crate) struct Worker<P: Port> {
     /// Threads of drivers before this one: what they still write must not come after what this
     /// one writes.
     pub(crate) before: Vec<Arc<Running>>,
-    pub(crate) running: Entered,
 }
 
 /// Why a worker ends.
@@ -145,7 +144,7 @@ impl From<io::Error> for End {
 }
 
 impl<P: Port> Worker<P> {
-    /// Serves the queue until it is stopped or breaks.
+    /// Serves the queue until it is stopped or breaks. Nothing of the worker is left then.
     pub(crate) fn run(self) {
         let Err(end) = self.serve();
         let (device, queue) = (&self.name, self.index);
@@ -161,7 +160,6 @@ impl<P: Port> Worker<P> {
                 self.shared.set_health(Health::Failed(error.kind()));
             }
         }
-        drop(self.running);
     }
 
     fn serve(&self) -> Result<std::convert::Infallible, End> {
