@@ -9,7 +9,7 @@ use crate::outcome::{Outcome, summary, tests_in};
 use crate::setup::BpfTools;
 use crate::sh::{Cmd, which};
 use crate::toolchain::{Missing, has_rust_src, sysroots};
-use crate::vm::{self, GUEST_PACKAGES, KernelChoice};
+use crate::vm::{self, GUEST_PACKAGES, KernelChoice, VM_PACKAGES};
 use crate::{ebpf, setup};
 
 /// What the commands of a tier are made from.
@@ -90,12 +90,18 @@ const TIERS: &[Tier] = &[
             };
             let exclude = GUEST_PACKAGES
                 .iter()
+                .chain(&VM_PACKAGES)
                 .flat_map(|package| ["--exclude", package]);
+            let only = VM_PACKAGES
+                .iter()
+                .flat_map(|package| ["--package", package]);
             let tests = "--workspace --exclude ioregion-ebpf --lib --bins --examples --tests";
             Ok(vec![
                 Cmd::line(runner)
                     .args(tests.split_whitespace())
                     .args(exclude),
+                // Of these only what needs no device.
+                Cmd::line(runner).arg("--bins").args(only),
             ])
         },
         ..ROW

@@ -39,21 +39,33 @@ pub const GUEST_PACKAGES: [&str; 3] = [
     "ioregion-microguest",
 ];
 
-/// Modules of a kernel that has KVM and network devices as modules; of the two makes of CPU one
-/// refuses to load.
-const MODULES: [&str; 4] = ["kvm_amd", "kvm_intel", "veth", "tun"];
+/// Packages whose tests use devices of the machine under test, and so run nowhere but in the VM.
+pub const VM_PACKAGES: [&str; 1] = ["ioregion"];
+
+/// Modules of a kernel that has KVM, network devices and vDPA as modules; of the two makes of CPU
+/// one refuses to load.
+const MODULES: [&str; 7] = [
+    "kvm_amd",
+    "kvm_intel",
+    "veth",
+    "tun",
+    "vduse",
+    "virtio_vdpa",
+    "virtio_blk",
+];
 
 /// Programs of this machine that tests start.
-const HOST_PROGRAMS: [&str; 2] = ["ip", "unshare"];
+const HOST_PROGRAMS: [&str; 4] = ["ip", "unshare", "mkfs.ext4", "e2fsck"];
 
 /// Where the eBPF program lies in the VM; the object that logs lies beside it, as here.
 pub const OBJECT: &str = "/ioregion/ioregion.bpf.o";
 const LOGGING_OBJECT: &str = "/ioregion/ioregion-log.bpf.o";
 
 /// What unpacks a kernel's modules.
-const PACKAGES: [Package; 2] = [
+const PACKAGES: [Package; 3] = [
     Package::new("xz", "xz-utils", "unpacking kernel modules"),
     Package::new("ldd", "libc-bin", "finding the libraries of programs"),
+    Package::new("mkfs.ext4", "e2fsprogs", "file systems on disks under test"),
 ];
 
 /// A kernel to boot.
@@ -322,7 +334,8 @@ fn fill(initramfs: &mut Initramfs, root: &Path, args: &VmArgs) -> Result<()> {
             initramfs.file(&ebpf::object(root, log), path)?;
         }
         initramfs.env("IOREGION_BPF_OBJECT", OBJECT);
-        let suite = suite::build(root, &GUEST_PACKAGES)?;
+        let packages = [&GUEST_PACKAGES[..], &VM_PACKAGES].concat();
+        let suite = suite::build(root, &packages)?;
         for helper in &suite.helpers {
             let path = helper.to_str().context("a path that is no text")?;
             initramfs.program(helper, path)?;

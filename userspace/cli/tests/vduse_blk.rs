@@ -1,0 +1,497 @@
+//! `ioregion vduse blk` with the kernel's own drivers: VDUSE, virtio_vdpa and virtio_blk.
+//!
+//! Runs where these are loaded and `/dev` belongs to the test: in the VM of
+//! `cargo xtask vm --test vduse_blk`.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Read as _;
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use ioregion_vduse::{Control, DeviceConfig};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// Emulated machines are slow, and others may hold them up.
+const LONG: Duration = Duration::from_secs(120);
+const MIB: u64 = 1 << 20;
+
+nix::ioctl_write_ptr_bad!(
+    /// `BLKDISCARD`: first byte and bytes.
+    discard,
+    nix::request_code_none!(0x12, 119),
+    [u64; 2]
+);
+nix::ioctl_write_ptr_bad!(
+    /// `BLKZEROOUT`: first byte and bytes.
+    zero_out,
+    nix::request_code_none!(0x12, 127),
+    [u64; 2]
+);
+
+/// A running service, ended at the latest with the test.
+struct Service {
+    child: Child,
+    name: String,
+    disk: PathBuf,
+}
+
+impl Service {
+    /// Starts a service with a disk of its own and waits for the disk.
+    fn start(name: &str, image: &Path, options: &[&str]) -> Self {
+        let serial = format!("serial-{name}");
+        let mut child = command(name, image)
+            .args(["--serial", &serial])
+            .args(options)
+            .spawn()
+            .unwrap();
+        let disk = disk_named(&serial, || {
+            let ended = child.try_wait().unwrap();
+            assert!(ended.is_none(), "the service ended: {ended:?}");
+        });
+        Self {
+            child,
+            name: name.into(),
+            disk,
+        }
+    }
+
+    /// What the kernel says of the disk.
+    fn says(&self, what: &str) -> String {
+        let name = self.disk.file_name().unwrap();
+        let path = Path::new("/sys/block").join(name).join(what);
+        fs::read_to_string(path).unwrap().trim().into()
+    }
+
+    /// The disk past all caches: every access reaches the service.
+    fn direct(&self, write: bool) -> File {
+        let mut options = OpenOptions::new();
+        options.read(true).write(write).custom_flags(libc::O_DIRECT);
+        options.open(&self.disk).unwrap()
+    }
+
+    /// Ends the service by SIGTERM: disk and device are gone, and it succeeded.
+    fn end(mut self) {
+        kill(
+            Pid::from_raw(self.child.id().cast_signed()),
+            Signal::SIGTERM,
+        )
+        .unwrap();
+        let status = wait(&mut self.child);
+        assert!(status.success(), "{status}");
+        assert!(!self.disk.exists());
+        assert!(!Path::new("/dev/vduse").join(&self.name).exists());
+        let bus = Path::new("/sys/bus/vdpa/devices");
+        assert!(!bus.join(&self.name).exists());
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        if self.child.try_wait().is_ok_and(|ended| ended.is_none()) {
+            let _ = kill(
+                Pid::from_raw(self.child.id().cast_signed()),
+                Signal::SIGTERM,
+            );
+            wait(&mut self.child);
+        }
+    }
+}
+
+fn command(name: &str, image: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ioregion"));
+    command
+        .args(["vduse", "blk", "--name", name, "--image"])
+        .arg(image);
+    command
+}
+
+fn wait(child: &mut Child) -> ExitStatus {
+    let until = Instant::now() + LONG;
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status;
+        }
+        if Instant::now() > until {
+            child.kill().unwrap();
+            panic!("the service does not end");
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Waits for the disk with a serial number, looking at something else meanwhile.
+fn disk_named(serial: &str, mut check: impl FnMut()) -> PathBuf {
+    let until = Instant::now() + LONG;
+    loop {
+        if let Some(disk) = disk_with(serial) {
+            return disk;
+        }
+        check();
+        assert!(Instant::now() < until, "no disk appeared");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// The disk with a serial number, once it can be opened.
+fn disk_with(serial: &str) -> Option<PathBuf> {
+    let name = fs::read_dir("/sys/block").unwrap().find_map(|entry| {
+        let entry = entry.unwrap();
+        let says = fs::read_to_string(entry.path().join("serial")).ok()?;
+        (says.trim() == serial).then(|| entry.file_name())
+    })?;
+    let disk = Path::new("/dev").join(name);
+    disk.exists().then_some(disk)
+}
+
+fn image(dir: &tempfile::TempDir, bytes: u64) -> PathBuf {
+    let path = dir.path().join("image");
+    File::create(&path).unwrap().set_len(bytes).unwrap();
+    path
+}
+
+/// The bytes of a mebibyte of a disk, different for each and each time.
+fn pattern(seed: u64) -> Vec<u64> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    std::iter::repeat_with(next).take(1 << 17).collect()
+}
+
+/// A mebibyte at an address that O_DIRECT can use.
+#[repr(C, align(4096))]
+struct Buffer([u8; 1 << 20]);
+
+fn buffer() -> Box<Buffer> {
+    Box::new(Buffer([0; 1 << 20]))
+}
+
+fn fill(buffer: &mut Buffer, seed: u64) {
+    for (to, word) in buffer.0.chunks_mut(8).zip(pattern(seed)) {
+        to.copy_from_slice(&word.to_le_bytes());
+    }
+}
+
+/// Writes all of a disk, in requests of mixed sizes, and reads it back, from the disk and from
+/// the image.
+fn write_and_compare(service: &Service, image: &Path, mib: u64) {
+    let disk = service.direct(true);
+    let mut data = buffer();
+    for number in 0..mib {
+        fill(&mut data, number);
+        let mut at = 0;
+        // 512 bytes to 256 KiB, in turn; what is left at the end is one more size.
+        for exponent in (9..19).cycle() {
+            let end = (at + (1usize << exponent)).min(data.0.len());
+            disk.write_all_at(&data.0[at..end], number * MIB + at as u64)
+                .unwrap();
+            at = end;
+            if at == data.0.len() {
+                break;
+            }
+        }
+    }
+    disk.sync_all().unwrap();
+    let image = File::open(image).unwrap();
+    let mut read = buffer();
+    for number in 0..mib {
+        fill(&mut data, number);
+        for file in [&disk, &image] {
+            file.read_exact_at(&mut read.0, number * MIB).unwrap();
+            assert!(read.0 == data.0, "mebibyte {number} differs");
+        }
+    }
+}
+
+#[test]
+fn disk_holds_what_is_written() {
+    for (name, options, queues) in [
+        ("one", &[][..], 1),
+        ("two", &["--queues", "2", "--queue-size", "16"][..], 2),
+        ("packed", &["--packed"][..], 1),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let image = image(&dir, 8 * MIB);
+        let service = Service::start(name, &image, options);
+        assert_eq!(service.says("size"), (8 * MIB / 512).to_string());
+        assert_eq!(service.says("queue/write_cache"), "write back");
+        assert_eq!(service.says("queue/logical_block_size"), "512");
+        assert_eq!(service.says("queue/physical_block_size"), "4096");
+        let hardware = fs::read_dir(format!(
+            "/sys/block/{}/mq",
+            service.disk.file_name().unwrap().to_str().unwrap()
+        ));
+        assert_eq!(hardware.unwrap().count(), queues, "{name}");
+        // Bit 34 of those that the driver took, as text from bit 0 on.
+        let features = service.says("device/features");
+        assert_eq!(features.as_bytes()[34] == b'1', name == "packed");
+        write_and_compare(&service, &image, 8);
+        service.end();
+    }
+}
+
+#[test]
+fn parallel_writers_get_what_each_wrote() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = image(&dir, 16 * MIB);
+    let service = Service::start("parallel", &image, &["--queues", "2", "--packed"]);
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let disk = service.direct(true);
+            scope.spawn(move || {
+                let (mut data, mut read) = (buffer(), buffer());
+                for round in 0..4 {
+                    let at = (4 * thread + round) * MIB;
+                    fill(&mut data, at + round);
+                    disk.write_all_at(&data.0, at).unwrap();
+                    disk.read_exact_at(&mut read.0, at).unwrap();
+                    assert!(read.0 == data.0, "thread {thread}, round {round}");
+                }
+            });
+        }
+    });
+    service.end();
+}
+
+#[test]
+fn file_system_lives_on_the_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = image(&dir, 64 * MIB);
+    let service = Service::start("ext4", &image, &["--queues", "2"]);
+    run(Command::new("mkfs.ext4").arg("-q").arg(&service.disk));
+    let place = dir.path().join("mnt");
+    fs::create_dir(&place).unwrap();
+    let mount = |service: &Service| {
+        let none = None::<&str>;
+        mount(
+            Some(&service.disk),
+            &place,
+            Some("ext4"),
+            MsFlags::empty(),
+            none,
+        )
+        .unwrap();
+    };
+    let file = |number: u64| place.join(format!("file-{number}"));
+    let content = |number: u64| {
+        let words = pattern(number);
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        bytes[..(number as usize + 1) * 50_000].to_vec()
+    };
+    mount(&service);
+    for number in 0..20 {
+        fs::write(file(number), content(number)).unwrap();
+    }
+    for number in (0..20).step_by(3) {
+        fs::remove_file(file(number)).unwrap();
+    }
+    umount2(&place, MntFlags::empty()).unwrap();
+    run(Command::new("e2fsck").arg("-fn").arg(&service.disk));
+    service.end();
+
+    // The same file system with another service, of another kind.
+    let service = Service::start("ext4-again", &image, &["--packed"]);
+    mount(&service);
+    for number in 0..20 {
+        match fs::read(file(number)) {
+            Ok(bytes) => assert!(number % 3 != 0 && bytes == content(number), "file {number}"),
+            Err(_) => assert_eq!(number % 3, 0, "file {number}"),
+        }
+    }
+    umount2(&place, MntFlags::empty()).unwrap();
+    service.end();
+    run(Command::new("e2fsck").arg("-fn").arg(&image));
+}
+
+fn run(command: &mut Command) {
+    let status = command
+        .status()
+        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(status.success(), "{command:?}: {status}");
+}
+
+#[test]
+fn ranges_are_discarded_and_zeroed() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = image(&dir, 4 * MIB);
+    let service = Service::start("ranges", &image, &[]);
+    write_and_compare(&service, &image, 4);
+    let disk = service.direct(true);
+    let zeroed = [MIB / 2, MIB];
+    let discarded = [3 * MIB, MIB / 2];
+    // SAFETY: The request reads two integers, first byte and bytes.
+    unsafe { zero_out(disk.as_raw_fd(), &raw const zeroed) }.unwrap();
+    // SAFETY: As above.
+    unsafe { discard(disk.as_raw_fd(), &raw const discarded) }.unwrap();
+    let (mut data, mut read) = (buffer(), buffer());
+    for number in 0..4 {
+        fill(&mut data, number);
+        match number {
+            0 => data.0[1 << 19..].fill(0),
+            1 => data.0[..1 << 19].fill(0),
+            // Of a file, discarded ranges read as zeroes.
+            3 => data.0[..1 << 19].fill(0),
+            _ => {}
+        }
+        disk.read_exact_at(&mut read.0, number * MIB).unwrap();
+        assert!(read.0 == data.0, "mebibyte {number}");
+    }
+    service.end();
+}
+
+#[test]
+fn read_only_disk_cannot_be_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = image(&dir, MIB);
+    let mut data = buffer();
+    fill(&mut data, 5);
+    fs::write(&image, data.0).unwrap();
+    let service = Service::start("ro", &image, &["--read-only"]);
+    assert_eq!(service.says("ro"), "1");
+    let written = OpenOptions::new()
+        .write(true)
+        .open(&service.disk)
+        .and_then(|disk| {
+            disk.write_all_at(&[1; 512], 0)?;
+            disk.sync_all()
+        });
+    assert!(written.is_err());
+    let mut read = buffer();
+    service.direct(false).read_exact_at(&mut read.0, 0).unwrap();
+    assert!(read.0 == data.0);
+    service.end();
+    assert!(fs::read(&image).unwrap() == data.0);
+}
+
+#[test]
+fn driver_may_let_go_under_load_and_come_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = image(&dir, 4 * MIB);
+    let mut service = Service::start("rebound", &image, &["--queues", "2"]);
+    let of_driver = |what: &str| {
+        let file = Path::new("/sys/bus/vdpa/drivers/virtio_vdpa").join(what);
+        fs::write(&file, "rebound").unwrap_or_else(|error| panic!("{what}: {error}"));
+    };
+    for _ in 0..5 {
+        write_and_compare(&service, &image, 4);
+        std::thread::scope(|scope| {
+            let readers: Vec<_> = (0..4u64)
+                .map(|number| {
+                    let disk = service.direct(false);
+                    scope.spawn(move || {
+                        let mut data = buffer();
+                        let mut reads = 0;
+                        while disk.read_exact_at(&mut data.0, number * MIB).is_ok() {
+                            reads += 1;
+                        }
+                        reads
+                    })
+                })
+                .collect();
+            std::thread::sleep(Duration::from_millis(300));
+            of_driver("unbind");
+            // Each ended with an error: nobody hangs.
+            let reads: u32 = readers
+                .into_iter()
+                .map(|reader| reader.join().unwrap())
+                .sum();
+            assert!(reads > 0);
+        });
+        assert_eq!(disk_with("serial-rebound"), None);
+        of_driver("bind");
+        service.disk = disk_named("serial-rebound", || {});
+    }
+    write_and_compare(&service, &image, 4);
+    service.end();
+}
+
+#[test]
+fn errors_of_the_image_reach_the_driver() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = image(&dir, 2 * MIB);
+    let service = Service::start("errors", &image, &[]);
+    OpenOptions::new()
+        .write(true)
+        .open(&image)
+        .unwrap()
+        .set_len(MIB)
+        .unwrap();
+    let disk = service.direct(false);
+    let mut data = buffer();
+    disk.read_exact_at(&mut data.0, 0).unwrap();
+    let error = disk.read_exact_at(&mut data.0, MIB).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EIO));
+    // The device goes on.
+    disk.read_exact_at(&mut data.0, 0).unwrap();
+    service.end();
+}
+
+#[test]
+fn service_that_cannot_start_says_why_and_leaves_nothing_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = image(&dir, MIB);
+    let service = Service::start("first", &image, &[]);
+    let other = dir.path().join("other");
+    File::create(&other).unwrap().set_len(MIB).unwrap();
+    let fails = |name: &str, image: &Path, says: &str| {
+        let mut child = command(name, image).stderr(Stdio::piped()).spawn().unwrap();
+        assert_eq!(wait(&mut child).code(), Some(1));
+        let mut text = String::new();
+        child
+            .stderr
+            .take()
+            .unwrap()
+            .read_to_string(&mut text)
+            .unwrap();
+        assert!(text.contains(says), "{text}");
+    };
+    fails("second", &image, "in use by another process");
+    fails("first", &other, "File exists");
+    fails("a/b", &other, "cannot be a device's name");
+    fails("third", Path::new("/nonexistent"), "/nonexistent");
+    assert!(!Path::new("/dev/vduse/second").exists());
+    write_and_compare(&service, &image, 1);
+    service.end();
+}
+
+#[test]
+fn kernel_refuses_what_vduse_devices_cannot_have() {
+    let control = Control::open().unwrap();
+    assert_eq!((control.version(), control.features()), (0, 0));
+    let needed = 1 << 32 | 1 << 33;
+    let (net, blk) = (1, 2);
+    for (device_id, features) in [
+        // The net device's control queue; a disk's cache that the driver can switch.
+        (net, needed | 1 << 17),
+        (blk, needed | 1 << 11),
+        (blk, 1 << 32),
+        (3, needed),
+    ] {
+        let error = control.create(&DeviceConfig {
+            name: "refused".into(),
+            device_id,
+            vendor_id: 0,
+            features,
+            queues: 1,
+            config: vec![0; 8],
+        });
+        let error = error.unwrap_err().to_string();
+        assert!(
+            error.contains("refused") && error.contains("Invalid argument"),
+            "{error}"
+        );
+    }
+    let error = control.destroy("nobody").unwrap_err().to_string();
+    assert!(error.contains("nobody"), "{error}");
+    // Whatever the kernel has is agreed upon, and nothing else.
+    let newest = Control::negotiate(1, !0).unwrap();
+    assert!(newest.version() <= 1 && newest.features() <= 3);
+}
