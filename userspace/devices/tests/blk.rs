@@ -249,6 +249,31 @@ fn image_that_shrinks_under_the_disk_fails_requests() {
 }
 
 #[test]
+fn disk_grows_and_shrinks_with_its_image_when_it_is_told() {
+    let mut rig = Rig::new(false);
+    let resize = |rig: &Rig, sectors: u64| {
+        let image = std::fs::File::options()
+            .write(true)
+            .open(&rig.path)
+            .unwrap();
+        image.set_len(sectors * 512).unwrap();
+    };
+    resize(&rig, SECTORS + 1);
+    assert_eq!(rig.ask(IN, SECTORS, Data::In(512)).0, IOERR);
+    assert!(rig.disk.refresh().unwrap());
+    assert!(!rig.disk.refresh().unwrap());
+    assert_eq!(rig.disk.config()[..8], (SECTORS + 1).to_le_bytes());
+    assert_eq!(rig.ask(OUT, SECTORS, Data::Out(&[7; 512])).0, OK);
+    resize(&rig, 1);
+    assert!(rig.disk.refresh().unwrap());
+    assert_eq!(rig.ask(OUT, 1, Data::Out(&[7; 512])).0, IOERR);
+    assert_eq!(rig.content().len(), 512);
+    resize(&rig, 0);
+    assert!(rig.disk.refresh().is_err());
+    assert_eq!(rig.disk.capacity(), 1);
+}
+
+#[test]
 fn unknown_requests_are_not_supported() {
     let mut rig = Rig::new(false);
     for kind in [2, 3, 5, 14, u32::MAX] {

@@ -46,6 +46,14 @@ pub trait Port: AsFd + Source {
     ///
     /// The system's; `EINVAL` as long as the kernel has not noted that the driver is ready.
     fn interrupt(&self, index: u32) -> io::Result<()>;
+
+    /// Changes the configuration space, from `offset` on, and tells the driver, where there is
+    /// one that is ready.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    fn change_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()>;
 }
 
 /// The file of a device, `/dev/vduse/NAME`.
@@ -101,27 +109,6 @@ impl DeviceFile {
             ..VqConfig::default()
         };
         sys::pass(self.as_fd(), VDUSE_VQ_SETUP, &request).map_err(self.kernel("setting up a queue"))
-    }
-
-    /// Changes the configuration space, from `offset` on, and tells the driver where it is
-    /// ready.
-    ///
-    /// # Errors
-    ///
-    /// What the kernel says.
-    pub fn change_config(&self, offset: u32, bytes: &[u8]) -> Result<(), Error> {
-        let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
-        let mut request = [0; size_of::<ConfigData>()];
-        request[..4].copy_from_slice(&offset.to_ne_bytes());
-        request[4..].copy_from_slice(&length.to_ne_bytes());
-        let request = [&request, bytes].concat();
-        sys::pass_bytes(self.as_fd(), VDUSE_DEV_SET_CONFIG, &request)
-            .map_err(self.kernel("changing its configuration space"))?;
-        match sys::number(self.as_fd(), VDUSE_DEV_INJECT_CONFIG_IRQ) {
-            // No driver is there to be told; it reads the space when it comes.
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
-            done => done.map_err(self.kernel("telling the driver of its configuration space")),
-        }
     }
 }
 
@@ -180,5 +167,19 @@ impl Port for DeviceFile {
 
     fn interrupt(&self, index: u32) -> io::Result<()> {
         sys::pass(self.as_fd(), VDUSE_VQ_INJECT_IRQ, &index)
+    }
+
+    fn change_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
+        let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+        let mut request = [0; size_of::<ConfigData>()];
+        request[..4].copy_from_slice(&offset.to_ne_bytes());
+        request[4..].copy_from_slice(&length.to_ne_bytes());
+        let request = [&request, bytes].concat();
+        sys::pass_bytes(self.as_fd(), VDUSE_DEV_SET_CONFIG, &request)?;
+        match sys::number(self.as_fd(), VDUSE_DEV_INJECT_CONFIG_IRQ) {
+            // No driver is there to be told; it reads the space when it comes.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+            done => done,
+        }
     }
 }

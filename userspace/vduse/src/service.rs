@@ -8,7 +8,7 @@
 
 use std::io;
 use std::os::fd::AsFd as _;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -63,9 +63,10 @@ pub fn offered(device: &dyn Device, options: &ServiceOptions) -> u64 {
 }
 
 /// A device that is served, until it is stopped or the kernel gives it up.
-#[derive(Debug)]
 pub struct Service {
     name: String,
+    device: Arc<dyn Device>,
+    port: Weak<dyn Port>,
     stop: Arc<EventFd>,
     ended: Arc<EventFd>,
     queues: Arc<Mutex<Vec<Arc<Shared>>>>,
@@ -97,6 +98,8 @@ impl Service {
         let (stop, ended) = (eventfd()?, eventfd()?);
         let queues = Arc::new(Mutex::new(Vec::new()));
         let port = Arc::new(port);
+        let weak: Weak<P> = Arc::downgrade(&port);
+        let served = Arc::clone(&device);
         let mut messages = Messages {
             name: name.into(),
             iotlb: Arc::new(Iotlb::new(Arc::clone(&port))),
@@ -122,6 +125,8 @@ impl Service {
             .map_err(|error| failed("no thread", error))?;
         Ok(Self {
             name: name.into(),
+            device: served,
+            port: weak,
             stop,
             ended,
             queues,
@@ -134,6 +139,22 @@ impl Service {
     #[must_use]
     pub fn ended(&self) -> &EventFd {
         &self.ended
+    }
+
+    /// Has the driver look at the device's configuration space, which has changed.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says; [`Error::Broken`] where the device is no longer served.
+    pub fn config_changed(&self) -> Result<(), Error> {
+        let port = self.port.upgrade();
+        let port = port.ok_or_else(|| Error::Broken(self.name.clone()))?;
+        port.change_config(0, &self.device.config())
+            .map_err(|error| Error::Kernel {
+                name: self.name.clone(),
+                what: "changing its configuration space",
+                error,
+            })
     }
 
     /// How the queues are doing; nothing while no driver is ready.
@@ -166,6 +187,15 @@ impl Service {
                 what: "the thread for the kernel's requests has panicked".into(),
             })
         })
+    }
+}
+
+impl std::fmt::Debug for Service {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.debug_struct("Service")
+            .field("name", &self.name)
+            .field("health", &self.health())
+            .finish_non_exhaustive()
     }
 }
 

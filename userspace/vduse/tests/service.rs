@@ -41,6 +41,7 @@ struct Kernel {
     kick: Mutex<Option<OwnedFd>>,
     setup: Setup,
     interrupts: Mutex<Sender<()>>,
+    config: Mutex<Vec<u8>>,
     /// Interrupts that are refused because the driver does not count as ready yet.
     early: AtomicU32,
 }
@@ -109,6 +110,12 @@ impl Port for Fake {
         let _ = self.kernel.interrupts.lock().unwrap().send(());
         Ok(())
     }
+
+    fn change_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
+        assert_eq!(offset, 0);
+        *self.kernel.config.lock().unwrap() = bytes.to_vec();
+        Ok(())
+    }
 }
 
 /// The driver's view of the shared file.
@@ -159,7 +166,7 @@ impl Device for Echo {
     }
 
     fn config(&self) -> Vec<u8> {
-        Vec::new()
+        b"config".to_vec()
     }
 
     fn queues(&self) -> u16 {
@@ -208,6 +215,7 @@ impl Rig {
             kick: Mutex::new(None),
             setup,
             interrupts: Mutex::new(sender),
+            config: Mutex::new(Vec::new()),
             early: AtomicU32::new(0),
         });
         let flags = SockFlag::SOCK_CLOEXEC;
@@ -460,6 +468,20 @@ fn kernel_that_gives_the_device_up_ends_the_service() {
     let error = rig.service.stop().unwrap_err();
     assert!(matches!(error, Error::Broken(_)), "{error}");
     assert!(error.to_string().contains("test"), "{error}");
+}
+
+#[test]
+fn configuration_reaches_the_kernel_while_the_device_is_served() {
+    let mut rig = Rig::new(Format::Split, Echo::default());
+    rig.service.config_changed().unwrap();
+    assert_eq!(*rig.kernel.config.lock().unwrap(), b"config");
+    rig.start();
+    drop(rig.socket);
+    rig.service.ended().read().unwrap();
+    // The thread that has ended lets go of the kernel's side at any moment now.
+    while rig.service.config_changed().is_ok() {}
+    let error = rig.service.config_changed().unwrap_err();
+    assert!(matches!(error, Error::Broken(_)), "{error}");
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Seek as _, SeekFrom};
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, Flock, FlockArg, fallocate};
@@ -13,8 +14,9 @@ use super::SECTOR;
 /// A file or block device with whole sectors, locked against other services.
 #[derive(Debug)]
 pub struct Image {
+    path: PathBuf,
     file: Flock<File>,
-    sectors: u64,
+    sectors: AtomicU64,
     physical_block: u32,
 }
 
@@ -77,25 +79,25 @@ impl Image {
             Errno::EWOULDBLOCK => ImageError::Locked(path.into()),
             errno => failed(errno.into()),
         })?;
-        // Of a block device the metadata say nothing.
-        let bytes = (&*file).seek(SeekFrom::End(0)).map_err(failed)?;
-        if bytes == 0 || bytes % SECTOR != 0 {
-            return Err(ImageError::Size {
-                path: path.into(),
-                bytes,
-            });
-        }
+        let sectors = measure(path, &file)?;
         let block = u32::try_from(metadata.blksize()).unwrap_or(0);
         let usable = block.is_power_of_two() && (512..=1 << 16).contains(&block);
         Ok(Self {
+            path: path.into(),
             file,
-            sectors: bytes / SECTOR,
+            sectors: AtomicU64::new(sectors),
             physical_block: if usable { block } else { 4096 },
         })
     }
 
     pub(super) fn sectors(&self) -> u64 {
-        self.sectors
+        self.sectors.load(Ordering::Relaxed)
+    }
+
+    /// Looks at the size again: whether it has changed.
+    pub(super) fn refresh(&self) -> Result<bool, ImageError> {
+        let sectors = measure(&self.path, &self.file)?;
+        Ok(self.sectors.swap(sectors, Ordering::Relaxed) != sectors)
     }
 
     /// Bytes that drivers read and write at least: requests here are buffered, so any sector can
@@ -160,6 +162,24 @@ impl Image {
         }
         Ok(())
     }
+}
+
+/// Sectors of an image.
+fn measure(path: &Path, mut file: &File) -> Result<u64, ImageError> {
+    // Of a block device the metadata say nothing.
+    let bytes = file
+        .seek(SeekFrom::End(0))
+        .map_err(|error| ImageError::Open {
+            path: path.into(),
+            error,
+        })?;
+    if bytes == 0 || bytes % SECTOR != 0 {
+        return Err(ImageError::Size {
+            path: path.into(),
+            bytes,
+        });
+    }
+    Ok(bytes / SECTOR)
 }
 
 #[cfg(test)]

@@ -89,6 +89,16 @@ impl Blk {
         })
     }
 
+    /// Takes the size over that the image has now: whether it is another. The driver does not
+    /// know until it is told that the configuration has changed.
+    ///
+    /// # Errors
+    ///
+    /// An image without whole sectors; the size stays as it was.
+    pub fn refresh(&self) -> Result<bool, ImageError> {
+        self.image.refresh()
+    }
+
     /// Sectors.
     #[must_use]
     pub fn capacity(&self) -> u64 {
