@@ -55,7 +55,7 @@ const MODULES: [&str; 7] = [
 ];
 
 /// Programs of this machine that tests start.
-const HOST_PROGRAMS: [&str; 4] = ["ip", "unshare", "mkfs.ext4", "e2fsck"];
+const HOST_PROGRAMS: [&str; 5] = ["ip", "unshare", "mkfs.ext4", "e2fsck", "resize2fs"];
 
 /// Where the eBPF program lies in the VM; the object that logs lies beside it, as here.
 pub const OBJECT: &str = "/ioregion/ioregion.bpf.o";

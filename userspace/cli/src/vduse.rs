@@ -19,7 +19,8 @@ pub(crate) enum Command {
     /// A disk over a file or a block device
     ///
     /// Makes the device, puts it on the vDPA bus and serves it until SIGTERM or SIGINT, which
-    /// take it off the bus and remove it. With the module virtio_vdpa loaded it becomes a disk of
+    /// take it off the bus and remove it. SIGHUP has it take over the size that the image has
+    /// then. With the module virtio_vdpa loaded it becomes a disk of
     /// this machine (/dev/vda), with vhost_vdpa one for a VMM (/dev/vhost-vdpa-0).
     #[command(
         after_help = "Example:\n  ioregion vduse blk --name disk0 --image disk.img --queues 2"
@@ -71,7 +72,15 @@ pub(crate) fn run(command: &Command) -> Result<()> {
         packed: args.packed,
         ..ServiceOptions::default()
     };
-    serve(&args.name, Arc::new(disk), args.queue_size, options)
+    let disk = Arc::new(disk);
+    let refresh = || Ok(disk.refresh()?);
+    serve(
+        &args.name,
+        Arc::clone(&disk) as _,
+        args.queue_size,
+        options,
+        &refresh,
+    )
 }
 
 /// A device that was made and is removed when this goes, unless that was done.
@@ -97,12 +106,14 @@ impl Drop for Made<'_> {
     }
 }
 
-/// Makes and serves a device until a signal asks for its end.
+/// Makes and serves a device until a signal asks for its end. `refresh` looks whether its
+/// configuration has changed.
 fn serve(
     name: &str,
     device: Arc<dyn Device>,
     queue_size: u16,
     options: ServiceOptions,
+    refresh: &dyn Fn() -> Result<bool>,
 ) -> Result<()> {
     // Before there are other threads, which would get the signals otherwise.
     let signals = signals().context("waiting for signals")?;
@@ -129,7 +140,7 @@ fn serve(
         .map_err(anyhow::Error::from)
         .and_then(|()| {
             tracing::info!(name, "serving");
-            let waited = wait(&signals, &service).context("waiting for signals");
+            let waited = wait(&signals, &service, refresh).context("waiting for signals");
             tracing::info!(name, "ending");
             let detached = vdpa::detach(name);
             waited.and(detached.map_err(Into::into))
@@ -146,20 +157,40 @@ fn signals() -> nix::Result<SignalFd> {
     let mut mask = SigSet::empty();
     mask.add(Signal::SIGTERM);
     mask.add(Signal::SIGINT);
+    mask.add(Signal::SIGHUP);
     mask.thread_block()?;
     SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC)
 }
 
-/// Waits for a signal, or until the device is no longer served.
-fn wait(signals: &SignalFd, service: &Service) -> nix::Result<()> {
+/// Waits for a signal that ends the service, or until the device is no longer served.
+fn wait(
+    signals: &SignalFd,
+    service: &Service,
+    refresh: &dyn Fn() -> Result<bool>,
+) -> nix::Result<()> {
     loop {
         let mut fds = [
-            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
             PollFd::new(service.ended().as_fd(), PollFlags::POLLIN),
+            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
         ];
         match poll(&mut fds, PollTimeout::NONE) {
-            Err(Errno::EINTR) => {}
-            done => return done.map(drop),
+            Err(Errno::EINTR) => continue,
+            done => done?,
+        };
+        if fds[0].any().unwrap_or(true) {
+            return Ok(());
+        }
+        let signal = signals.read_signal()?;
+        if signal.is_none_or(|signal| signal.ssi_signo != Signal::SIGHUP as u32) {
+            return Ok(());
+        }
+        let told = refresh().and_then(|changed| match changed {
+            true => Ok(service.config_changed()?),
+            false => Ok(()),
+        });
+        // The device goes on as it was.
+        if let Err(error) = told {
+            tracing::error!("the configuration stays as it was: {error:#}");
         }
     }
 }

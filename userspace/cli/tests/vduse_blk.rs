@@ -3,22 +3,23 @@
 //! Runs where these are loaded and `/dev` belongs to the test: in the VM of
 //! `cargo xtask vm --test vduse_blk`.
 
+mod support;
+
 use std::fs::{self, File, OpenOptions};
 use std::io::Read as _;
 use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use ioregion_vduse::{Control, DeviceConfig};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-
-/// Emulated machines are slow, and others may hold them up.
-const LONG: Duration = Duration::from_secs(120);
-const MIB: u64 = 1 << 20;
+use nix::sys::signal::Signal;
+use support::{
+    MIB, Service, buffer, command, disk_named, disk_with, driver, fill, image, pattern, run, wait,
+    write_and_compare,
+};
 
 nix::ioctl_write_ptr_bad!(
     /// `BLKDISCARD`: first byte and bytes.
@@ -32,184 +33,6 @@ nix::ioctl_write_ptr_bad!(
     nix::request_code_none!(0x12, 127),
     [u64; 2]
 );
-
-/// A running service, ended at the latest with the test.
-struct Service {
-    child: Child,
-    name: String,
-    disk: PathBuf,
-}
-
-impl Service {
-    /// Starts a service with a disk of its own and waits for the disk.
-    fn start(name: &str, image: &Path, options: &[&str]) -> Self {
-        let serial = format!("serial-{name}");
-        let mut child = command(name, image)
-            .args(["--serial", &serial])
-            .args(options)
-            .spawn()
-            .unwrap();
-        let disk = disk_named(&serial, || {
-            let ended = child.try_wait().unwrap();
-            assert!(ended.is_none(), "the service ended: {ended:?}");
-        });
-        Self {
-            child,
-            name: name.into(),
-            disk,
-        }
-    }
-
-    /// What the kernel says of the disk.
-    fn says(&self, what: &str) -> String {
-        let name = self.disk.file_name().unwrap();
-        let path = Path::new("/sys/block").join(name).join(what);
-        fs::read_to_string(path).unwrap().trim().into()
-    }
-
-    /// The disk past all caches: every access reaches the service.
-    fn direct(&self, write: bool) -> File {
-        let mut options = OpenOptions::new();
-        options.read(true).write(write).custom_flags(libc::O_DIRECT);
-        options.open(&self.disk).unwrap()
-    }
-
-    /// Ends the service by SIGTERM: disk and device are gone, and it succeeded.
-    fn end(mut self) {
-        kill(
-            Pid::from_raw(self.child.id().cast_signed()),
-            Signal::SIGTERM,
-        )
-        .unwrap();
-        let status = wait(&mut self.child);
-        assert!(status.success(), "{status}");
-        assert!(!self.disk.exists());
-        assert!(!Path::new("/dev/vduse").join(&self.name).exists());
-        let bus = Path::new("/sys/bus/vdpa/devices");
-        assert!(!bus.join(&self.name).exists());
-    }
-}
-
-impl Drop for Service {
-    fn drop(&mut self) {
-        if self.child.try_wait().is_ok_and(|ended| ended.is_none()) {
-            let _ = kill(
-                Pid::from_raw(self.child.id().cast_signed()),
-                Signal::SIGTERM,
-            );
-            wait(&mut self.child);
-        }
-    }
-}
-
-fn command(name: &str, image: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_ioregion"));
-    command
-        .args(["vduse", "blk", "--name", name, "--image"])
-        .arg(image);
-    command
-}
-
-fn wait(child: &mut Child) -> ExitStatus {
-    let until = Instant::now() + LONG;
-    loop {
-        if let Some(status) = child.try_wait().unwrap() {
-            return status;
-        }
-        if Instant::now() > until {
-            child.kill().unwrap();
-            panic!("the service does not end");
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-/// Waits for the disk with a serial number, looking at something else meanwhile.
-fn disk_named(serial: &str, mut check: impl FnMut()) -> PathBuf {
-    let until = Instant::now() + LONG;
-    loop {
-        if let Some(disk) = disk_with(serial) {
-            return disk;
-        }
-        check();
-        assert!(Instant::now() < until, "no disk appeared");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-/// The disk with a serial number, once it can be opened.
-fn disk_with(serial: &str) -> Option<PathBuf> {
-    let name = fs::read_dir("/sys/block").unwrap().find_map(|entry| {
-        let entry = entry.unwrap();
-        let says = fs::read_to_string(entry.path().join("serial")).ok()?;
-        (says.trim() == serial).then(|| entry.file_name())
-    })?;
-    let disk = Path::new("/dev").join(name);
-    disk.exists().then_some(disk)
-}
-
-fn image(dir: &tempfile::TempDir, bytes: u64) -> PathBuf {
-    let path = dir.path().join("image");
-    File::create(&path).unwrap().set_len(bytes).unwrap();
-    path
-}
-
-/// The bytes of a mebibyte of a disk, different for each and each time.
-fn pattern(seed: u64) -> Vec<u64> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state
-    };
-    std::iter::repeat_with(next).take(1 << 17).collect()
-}
-
-/// A mebibyte at an address that O_DIRECT can use.
-#[repr(C, align(4096))]
-struct Buffer([u8; 1 << 20]);
-
-fn buffer() -> Box<Buffer> {
-    Box::new(Buffer([0; 1 << 20]))
-}
-
-fn fill(buffer: &mut Buffer, seed: u64) {
-    for (to, word) in buffer.0.chunks_mut(8).zip(pattern(seed)) {
-        to.copy_from_slice(&word.to_le_bytes());
-    }
-}
-
-/// Writes all of a disk, in requests of mixed sizes, and reads it back, from the disk and from
-/// the image.
-fn write_and_compare(service: &Service, image: &Path, mib: u64) {
-    let disk = service.direct(true);
-    let mut data = buffer();
-    for number in 0..mib {
-        fill(&mut data, number);
-        let mut at = 0;
-        // 512 bytes to 256 KiB, in turn; what is left at the end is one more size.
-        for exponent in (9..19).cycle() {
-            let end = (at + (1usize << exponent)).min(data.0.len());
-            disk.write_all_at(&data.0[at..end], number * MIB + at as u64)
-                .unwrap();
-            at = end;
-            if at == data.0.len() {
-                break;
-            }
-        }
-    }
-    disk.sync_all().unwrap();
-    let image = File::open(image).unwrap();
-    let mut read = buffer();
-    for number in 0..mib {
-        fill(&mut data, number);
-        for file in [&disk, &image] {
-            file.read_exact_at(&mut read.0, number * MIB).unwrap();
-            assert!(read.0 == data.0, "mebibyte {number} differs");
-        }
-    }
-}
 
 #[test]
 fn disk_holds_what_is_written() {
@@ -311,11 +134,63 @@ fn file_system_lives_on_the_disk() {
     run(Command::new("e2fsck").arg("-fn").arg(&image));
 }
 
-fn run(command: &mut Command) {
-    let status = command
-        .status()
-        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    assert!(status.success(), "{command:?}: {status}");
+#[test]
+fn disk_is_resized_while_it_is_mounted() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = image(&dir, 16 * MIB);
+    let service = Service::start("resized", &image, &[]);
+    run(Command::new("mkfs.ext4").arg("-q").arg(&service.disk));
+    let place = dir.path().join("mnt");
+    fs::create_dir(&place).unwrap();
+    let none = None::<&str>;
+    mount(
+        Some(&service.disk),
+        &place,
+        Some("ext4"),
+        MsFlags::empty(),
+        none,
+    )
+    .unwrap();
+    let free = || {
+        let stat = nix::sys::statvfs::statvfs(&place).unwrap();
+        stat.blocks_available() * stat.fragment_size()
+    };
+    let before = free();
+    let resize = |bytes| {
+        OpenOptions::new()
+            .write(true)
+            .open(&image)
+            .unwrap()
+            .set_len(bytes)
+    };
+    resize(48 * MIB).unwrap();
+    service.resized(48 * MIB);
+    run(Command::new("resize2fs").arg(&service.disk));
+    assert!(
+        free() > before + 24 * MIB,
+        "{before} bytes were free, {} are",
+        free()
+    );
+    let content = vec![7; 24 << 20];
+    fs::write(place.join("large"), &content).unwrap();
+    umount2(&place, MntFlags::empty()).unwrap();
+    run(Command::new("e2fsck").arg("-fn").arg(&service.disk));
+    mount(
+        Some(&service.disk),
+        &place,
+        Some("ext4"),
+        MsFlags::empty(),
+        none,
+    )
+    .unwrap();
+    assert!(fs::read(place.join("large")).unwrap() == content);
+    umount2(&place, MntFlags::empty()).unwrap();
+    // A size that no disk can have is refused, and the disk goes on.
+    resize(48 * MIB + 1).unwrap();
+    service.signal(Signal::SIGHUP);
+    resize(64 * MIB).unwrap();
+    service.resized(64 * MIB);
+    service.end();
 }
 
 #[test]
@@ -376,10 +251,6 @@ fn driver_may_let_go_under_load_and_come_back() {
     let dir = tempfile::tempdir().unwrap();
     let image = image(&dir, 4 * MIB);
     let mut service = Service::start("rebound", &image, &["--queues", "2"]);
-    let of_driver = |what: &str| {
-        let file = Path::new("/sys/bus/vdpa/drivers/virtio_vdpa").join(what);
-        fs::write(&file, "rebound").unwrap_or_else(|error| panic!("{what}: {error}"));
-    };
     for _ in 0..5 {
         write_and_compare(&service, &image, 4);
         std::thread::scope(|scope| {
@@ -397,7 +268,7 @@ fn driver_may_let_go_under_load_and_come_back() {
                 })
                 .collect();
             std::thread::sleep(Duration::from_millis(300));
-            of_driver("unbind");
+            driver("unbind", "rebound");
             // Each ended with an error: nobody hangs.
             let reads: u32 = readers
                 .into_iter()
@@ -406,11 +277,39 @@ fn driver_may_let_go_under_load_and_come_back() {
             assert!(reads > 0);
         });
         assert_eq!(disk_with("serial-rebound"), None);
-        of_driver("bind");
+        driver("bind", "rebound");
         service.disk = disk_named("serial-rebound", || {});
     }
     write_and_compare(&service, &image, 4);
     service.end();
+}
+
+#[test]
+fn service_that_answers_too_late_says_so_and_removes_its_device() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = image(&dir, MIB);
+    let mut command = command("late", &image);
+    let mut service = Service::start_as("late", command.stderr(Stdio::piped()));
+    write_and_compare(&service, &image, 1);
+    fs::write("/sys/class/vduse/late/msg_timeout", "1").unwrap();
+    service.signal(Signal::SIGSTOP);
+    // The driver resets the device, in vain, and goes.
+    driver("unbind", "late");
+    service.signal(Signal::SIGCONT);
+    assert_eq!(wait(&mut service.child).code(), Some(1));
+    let mut text = String::new();
+    service
+        .child
+        .stderr
+        .take()
+        .unwrap()
+        .read_to_string(&mut text)
+        .unwrap();
+    assert!(
+        text.contains("device late: the kernel has marked it broken"),
+        "{text}"
+    );
+    service.is_gone();
 }
 
 #[test]
