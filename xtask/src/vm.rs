@@ -44,13 +44,15 @@ pub const VM_PACKAGES: [&str; 1] = ["ioregion"];
 
 /// Modules of a kernel that has KVM, network devices and vDPA as modules; of the two makes of CPU
 /// one refuses to load.
-const MODULES: [&str; 7] = [
+const MODULES: [&str; 8] = [
     "kvm_amd",
     "kvm_intel",
     "veth",
     "tun",
     "vduse",
+    // Before vhost_vdpa: it is the first to look at a device.
     "virtio_vdpa",
+    "vhost_vdpa",
     "virtio_blk",
 ];
 

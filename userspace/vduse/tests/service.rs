@@ -14,12 +14,10 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ioregion_abi::vduse::{MESSAGE_BYTES, VqInfo, VqStatePacked};
-use ioregion_devices::virtio::{
-    Broken, Chain, Device, Format, Memory, MemoryError, Refusal, Setup,
-};
+use ioregion_devices::virtio::{Broken, Chain, Device, Format, Memory, Refusal, Setup};
 use ioregion_vduse::{Error, Health, Port, Region, Service, ServiceOptions, Source};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-use support::{BYTES, DATA, Driver, Flat, driver, put, setup};
+use support::{BYTES, DATA, Driver, Flat, OnFile, driver, put, setup};
 
 const GET_VQ_STATE: u32 = 0;
 const SET_STATUS: u32 = 1;
@@ -115,31 +113,6 @@ impl Port for Fake {
         assert_eq!(offset, 0);
         *self.kernel.config.lock().unwrap() = bytes.to_vec();
         Ok(())
-    }
-}
-
-/// The driver's view of the shared file.
-struct View<'a>(&'a File);
-
-impl Memory for View<'_> {
-    fn read(&self, addr: u64, into: &mut [u8]) -> Result<(), MemoryError> {
-        self.0.read_exact_at(into, addr - Flat::BASE).unwrap();
-        Ok(())
-    }
-
-    fn write(&self, addr: u64, from: &[u8]) -> Result<(), MemoryError> {
-        self.0.write_all_at(from, addr - Flat::BASE).unwrap();
-        Ok(())
-    }
-
-    fn load(&self, addr: u64) -> Result<u16, MemoryError> {
-        let mut bytes = [0; 2];
-        self.read(addr, &mut bytes)?;
-        Ok(u16::from_le_bytes(bytes))
-    }
-
-    fn store(&self, addr: u64, value: u16) -> Result<(), MemoryError> {
-        self.write(addr, &value.to_le_bytes())
     }
 }
 
@@ -279,7 +252,7 @@ impl Rig {
 
     /// Makes a request available, and kicks.
     fn add(&mut self, byte: u8) {
-        let view = View(&self.kernel.memory);
+        let view = OnFile(&self.kernel.memory);
         let at = DATA + 64 * u64::from(byte);
         put(&view, at, &[byte]);
         let ranges = [(at, 1, false), (at + 1, 1, true)];
@@ -294,7 +267,7 @@ impl Rig {
         let mut done = 0;
         while done < count {
             self.interrupts.recv_timeout(LONG).unwrap();
-            done += self.driver.collect(&View(&self.kernel.memory)).len();
+            done += self.driver.collect(&OnFile(&self.kernel.memory)).len();
         }
         assert_eq!(done, count);
     }
@@ -302,7 +275,7 @@ impl Rig {
     fn answer(&self, byte: u8) -> u8 {
         let mut answer = [0];
         let at = DATA + 64 * u64::from(byte) + 1;
-        View(&self.kernel.memory).read(at, &mut answer).unwrap();
+        OnFile(&self.kernel.memory).read(at, &mut answer).unwrap();
         answer[0]
     }
 
@@ -412,7 +385,7 @@ fn broken_queue_is_told_and_works_again_after_a_reset() {
     rig.wait_for(|health| health == [Health::Running]);
     let (from, to, size) = (0, 1000, SIZE);
     let index = rig.kernel.setup.layout.driver + 2;
-    View(&rig.kernel.memory).store(index, to).unwrap();
+    OnFile(&rig.kernel.memory).store(index, to).unwrap();
     let kick = rig.kernel.kick.lock().unwrap().take().unwrap();
     nix::unistd::write(&kick, &1u64.to_ne_bytes()).unwrap();
     let broken = Health::Broken(Broken::IndexJump { from, to, size });

@@ -1,4 +1,5 @@
 //! A running service, and its disk.
+#![allow(dead_code, reason = "each test program uses a part")]
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};

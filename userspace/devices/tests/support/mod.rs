@@ -4,6 +4,8 @@
 pub mod packed;
 pub mod split;
 
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 use std::sync::Mutex;
 
 use ioregion_devices::virtio::{Format, Layout, Memory, MemoryError, Setup};
@@ -35,6 +37,31 @@ impl Flat {
         let start = usize::try_from(start).map_err(|_| unmapped)?;
         let end = start.checked_add(len).ok_or(unmapped)?;
         bytes.get_mut(start..end).map(act).ok_or(unmapped)
+    }
+}
+
+/// The same in a file that driver and device share.
+pub struct OnFile<'a>(pub &'a File);
+
+impl Memory for OnFile<'_> {
+    fn read(&self, addr: u64, into: &mut [u8]) -> Result<(), MemoryError> {
+        self.0.read_exact_at(into, addr - Flat::BASE).unwrap();
+        Ok(())
+    }
+
+    fn write(&self, addr: u64, from: &[u8]) -> Result<(), MemoryError> {
+        self.0.write_all_at(from, addr - Flat::BASE).unwrap();
+        Ok(())
+    }
+
+    fn load(&self, addr: u64) -> Result<u16, MemoryError> {
+        let mut bytes = [0; 2];
+        self.read(addr, &mut bytes)?;
+        Ok(u16::from_le_bytes(bytes))
+    }
+
+    fn store(&self, addr: u64, value: u16) -> Result<(), MemoryError> {
+        self.write(addr, &value.to_le_bytes())
     }
 }
 
