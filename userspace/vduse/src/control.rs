@@ -1,7 +1,6 @@
 //! The control device: making and removing devices.
 
 use std::fs::File;
-use std::io;
 use std::mem::offset_of;
 use std::os::fd::AsFd as _;
 use std::path::Path;
@@ -213,12 +212,6 @@ fn encode(config: &DeviceConfig, version: u64) -> Result<Vec<u8>, Error> {
     put(offset_of!(DevConfig, config_size), &size.to_ne_bytes());
     bytes.extend(&config.config);
     Ok(bytes)
-}
-
-impl From<Error> for io::Error {
-    fn from(error: Error) -> Self {
-        Self::other(error)
-    }
 }
 
 #[cfg(test)]
