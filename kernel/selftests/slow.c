@@ -32,8 +32,8 @@ void test_errnos(void)
 	int fd, sv[2], ro;
 
 	vm_open(&vm);
-	CHECK_EQ(ioctl(vm.kvm, KVM_CHECK_EXTENSION, KVM_CAP_IOREGIONFD), 1);
-	CHECK_EQ(ioctl(vm.fd, KVM_CHECK_EXTENSION, KVM_CAP_IOREGIONFD), 1);
+	CHECK_EQ(ioctl(vm.kvm, KVM_CHECK_EXTENSION, KVM_CAP_IOREGIONFD), 2);
+	CHECK_EQ(ioctl(vm.fd, KVM_CHECK_EXTENSION, KVM_CAP_IOREGIONFD), 2);
 	wire_open(&vm, &w, STREAM);
 	wire_open(&vm, &w2, PIPES);
 	fd = w.kvm_read;
