@@ -3,6 +3,7 @@
 mod support;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use ioregion_devices::blk::{Blk, BlkError, Options};
 use ioregion_devices::virtio::{
@@ -29,7 +30,7 @@ const UNSUPP: u8 = 2;
 struct Rig {
     _dir: tempfile::TempDir,
     path: PathBuf,
-    disk: Blk,
+    disk: Arc<Blk>,
     memory: Flat,
     driver: Box<dyn Driver>,
     queue: Queue,
@@ -46,7 +47,7 @@ impl Rig {
             serial: "abc".into(),
             ..Options::default()
         };
-        let disk = Blk::open(&path, &options).unwrap();
+        let disk = Arc::new(Blk::open(&path, &options).unwrap());
         let memory = Flat::new(BYTES);
         let setup = setup(Format::Split, 16, false);
         Self {
@@ -90,8 +91,9 @@ impl Rig {
     fn serve(&mut self, ranges: &[Range]) -> Result<u32, Broken> {
         self.driver.add(&self.memory, ranges, true).unwrap();
         let chain = self.queue.pop(&self.memory)?.unwrap();
-        let written = self.disk.serve(0, FLUSH, &chain, &self.memory)?;
-        self.queue.push(&self.memory, chain, written)?;
+        let mut lane = Arc::clone(&self.disk).lane(0, FLUSH).unwrap();
+        let done = lane.submit(chain, &self.memory)?.unwrap();
+        self.queue.push(&self.memory, done.chain, done.written)?;
         let done = self.driver.collect(&self.memory);
         assert_eq!(done.len(), 1);
         Ok(done[0].1)

@@ -1,14 +1,14 @@
 //! A thread that serves one queue.
 
 use std::io;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ioregion_abi::vduse::VqInfo;
 use ioregion_devices::virtio::{
-    Broken, Device, Format, Layout, MemoryError, Position, Queue, Setup,
+    Broken, Device, Done, Format, Lane, Layout, MemoryError, Position, Queue, Setup,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
@@ -171,25 +171,56 @@ impl<P: Port> Worker<P> {
         let info = self.wait_for_queue()?;
         let (setup, position) = self.setup(&info)?;
         let mut queue = Queue::new(&self.session, &setup, position)?;
+        let mut lane = Arc::clone(&self.device).lane(self.index, self.features)?;
         self.note(&queue);
         self.shared.set_health(Health::Running);
         loop {
             queue.disable_kicks(&self.session)?;
-            while let Some(chain) = queue.pop(&self.session)? {
-                let device = &self.device;
-                let written = device.serve(self.index, self.features, &chain, &self.session)?;
-                queue.push(&self.session, chain, written)?;
-                self.note(&queue);
-                if queue.must_notify(&self.session)? {
-                    self.interrupt()?;
-                }
-                self.check_stopped()?;
-            }
-            if !queue.enable_kicks(&self.session)? {
-                self.wait(PollTimeout::NONE)?;
+            while self.turn(&mut queue, &mut *lane)? {}
+            // Of requests that the lane has no use for nobody needs to tell.
+            if !(lane.wants() && queue.enable_kicks(&self.session)?) {
+                self.wait(lane.event(), PollTimeout::NONE)?;
             }
             self.check_stopped()?;
         }
+    }
+
+    /// Hands the lane what it takes and gives back what is done; whether there was anything.
+    fn turn(&self, queue: &mut Queue, lane: &mut dyn Lane) -> Result<bool, End> {
+        let mut progress = false;
+        while lane.wants()
+            && let Some(chain) = queue.pop(&self.session)?
+        {
+            progress = true;
+            self.check_stopped()?;
+            if let Some(done) = lane.submit(chain, &self.session)? {
+                self.give_back(queue, done)?;
+                self.notify(queue)?;
+            }
+        }
+        lane.flush()?;
+        let mut finished = false;
+        while let Some(done) = lane.finished(&self.session)? {
+            finished = true;
+            self.give_back(queue, done)?;
+        }
+        if finished {
+            self.notify(queue)?;
+        }
+        Ok(progress || finished)
+    }
+
+    fn give_back(&self, queue: &mut Queue, done: Done) -> Result<(), End> {
+        queue.push(&self.session, done.chain, done.written)?;
+        self.note(queue);
+        Ok(())
+    }
+
+    fn notify(&self, queue: &mut Queue) -> Result<(), End> {
+        if queue.must_notify(&self.session)? {
+            self.interrupt()?;
+        }
+        self.check_stopped()
     }
 
     fn check_stopped(&self) -> Result<(), End> {
@@ -207,13 +238,14 @@ impl<P: Port> Worker<P> {
         }
     }
 
-    /// Waits for a notification, from the driver or of the end.
-    fn wait(&self, limit: PollTimeout) -> io::Result<()> {
-        let mut fds = [PollFd::new(self.shared.kick.as_fd(), PollFlags::POLLIN)];
+    /// Waits for a notification, from the driver, of the end, or of the lane.
+    fn wait(&self, event: Option<BorrowedFd<'_>>, limit: PollTimeout) -> io::Result<()> {
+        let kick = self.shared.kick.as_fd();
+        let mut fds = [kick, event.unwrap_or(kick)].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         match poll(&mut fds, limit) {
             Ok(0) | Err(nix::errno::Errno::EINTR) => {}
             Ok(_) => {
-                // Who reads it is alone with it.
+                // Who reads it is alone with it. It does not block.
                 let _ = self.shared.kick.read();
             }
             Err(error) => return Err(error.into()),
@@ -232,7 +264,7 @@ impl<P: Port> Worker<P> {
             }
             // The kernel says nothing when it happens. Soon after the driver is ready it is
             // likely, later less and less.
-            self.wait(PollTimeout::from(pause))?;
+            self.wait(None, PollTimeout::from(pause))?;
             pause = (pause + pause.div_ceil(16)).min(1000);
         }
     }

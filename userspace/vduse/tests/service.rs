@@ -14,7 +14,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ioregion_abi::vduse::{MESSAGE_BYTES, VqInfo, VqStatePacked};
-use ioregion_devices::virtio::{Broken, Chain, Device, Format, Memory, Refusal, Setup};
+use ioregion_devices::virtio::{
+    AtOnce, Broken, Chain, Device, Format, Lane, Memory, Refusal, Setup,
+};
 use ioregion_vduse::{Error, Health, Port, Region, Service, ServiceOptions, Source};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use support::{BYTES, DATA, Driver, Flat, OnFile, driver, put, setup};
@@ -146,13 +148,14 @@ impl Device for Echo {
         1
     }
 
-    fn serve(
-        &self,
-        _queue: u16,
-        _features: u64,
-        chain: &Chain,
-        memory: &dyn Memory,
-    ) -> Result<u32, Broken> {
+    fn lane(self: Arc<Self>, _queue: u16, _features: u64) -> io::Result<Box<dyn Lane>> {
+        let echo = move |chain: &Chain, memory: &dyn Memory| self.serve(chain, memory);
+        Ok(Box::new(AtOnce(echo)))
+    }
+}
+
+impl Echo {
+    fn serve(&self, chain: &Chain, memory: &dyn Memory) -> Result<u32, Broken> {
         let mut byte = [0];
         chain.read(memory, 0, &mut byte)?;
         if let Some((enter, leave)) = &self.gate {

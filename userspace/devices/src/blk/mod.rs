@@ -4,7 +4,9 @@ mod config;
 mod image;
 mod request;
 
+use std::io;
 use std::path::Path;
+use std::sync::Arc;
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
@@ -12,7 +14,7 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
-use crate::virtio::{Broken, Chain, Device, Memory, Refusal};
+use crate::virtio::{AtOnce, Chain, Device, Lane, Memory, Refusal};
 pub use image::{Image, ImageError};
 
 /// The unit of addresses and lengths in requests, in bytes.
@@ -147,13 +149,11 @@ impl Device for Blk {
         self.queues
     }
 
-    fn serve(
-        &self,
-        _queue: u16,
-        features: u64,
-        chain: &Chain,
-        memory: &dyn Memory,
-    ) -> Result<u32, Broken> {
-        request::serve(self, features, chain, memory)
+    fn lane(self: Arc<Self>, _queue: u16, features: u64) -> io::Result<Box<dyn Lane>> {
+        Ok(Box::new(AtOnce(
+            move |chain: &Chain, memory: &dyn Memory| {
+                request::serve(&self, features, chain, memory)
+            },
+        )))
     }
 }

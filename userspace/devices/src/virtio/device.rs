@@ -1,5 +1,9 @@
 //! What a virtio device is to whoever carries requests to it.
 
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
 use super::chain::Chain;
 use super::memory::Memory;
 use super::queue::Broken;
@@ -26,22 +30,87 @@ pub trait Device: Send + Sync {
     /// How many queues it has.
     fn queues(&self) -> u16;
 
-    /// Carries a request out and returns how many bytes of the writable part, from its start, it
-    /// has written. Called by one thread per queue at most; `features` are those that the driver
-    /// took.
+    /// What serves a queue for a driver that has set the device up; `features` are those that it
+    /// took. Called by the thread that serves the queue.
     ///
-    /// What goes wrong with a well-formed request is told to the driver in the request.
+    /// # Errors
+    ///
+    /// Where the system refuses what it needs: the queue is not served.
+    fn lane(self: Arc<Self>, queue: u16, features: u64) -> io::Result<Box<dyn Lane>>;
+}
+
+/// A request that the device is done with.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "a request that is not given back to its queue is lost"]
+pub struct Done {
+    /// The request.
+    pub chain: Chain,
+    /// How many bytes of its writable part were written, from the start.
+    pub written: u32,
+}
+
+/// What serves one queue for one driver. Whoever runs the queue asks in turn
+/// [`wants`](Self::wants) and [`submit`](Self::submit)s requests, [`flush`](Self::flush)es them,
+/// and takes what is [`finished`](Self::finished), in whatever order; then it waits for the driver
+/// and for [`event`](Self::event).
+///
+/// What goes wrong with a well-formed request is told to the driver in the request. Where a lane
+/// is dropped with requests that are not finished, the drop waits until nothing of them touches
+/// the driver's memory any more.
+pub trait Lane {
+    /// Whether it has a use for another request now: a receiver without a packet has none.
+    fn wants(&mut self) -> bool {
+        true
+    }
+
+    /// Takes a request, and gives it back where it is done at once.
     ///
     /// # Errors
     ///
     /// A request that the device cannot even answer: the queue is broken.
-    fn serve(
-        &self,
-        queue: u16,
-        features: u64,
-        chain: &Chain,
-        memory: &dyn Memory,
-    ) -> Result<u32, Broken>;
+    fn submit(&mut self, chain: Chain, memory: &dyn Memory) -> Result<Option<Done>, Broken>;
+
+    /// Sets about what was submitted.
+    ///
+    /// # Errors
+    ///
+    /// Where the system fails it: the queue is no longer served.
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// A request that was finished since it was submitted.
+    ///
+    /// # Errors
+    ///
+    /// A request that the device cannot even answer: the queue is broken.
+    fn finished(&mut self, memory: &dyn Memory) -> Result<Option<Done>, Broken> {
+        let _ = memory;
+        Ok(None)
+    }
+
+    /// Readable when [`finished`](Self::finished) or [`wants`](Self::wants) may have something to
+    /// say.
+    fn event(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+}
+
+/// A lane that carries each request out while it is submitted.
+#[derive(Debug)]
+pub struct AtOnce<F>(
+    /// Carries a request out and returns how many bytes it has written.
+    pub F,
+);
+
+impl<F> Lane for AtOnce<F>
+where
+    F: FnMut(&Chain, &dyn Memory) -> Result<u32, Broken>,
+{
+    fn submit(&mut self, chain: Chain, memory: &dyn Memory) -> Result<Option<Done>, Broken> {
+        let written = (self.0)(&chain, memory)?;
+        Ok(Some(Done { chain, written }))
+    }
 }
 
 /// Why a device does not work with the features that a driver took.

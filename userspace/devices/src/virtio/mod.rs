@@ -8,6 +8,6 @@ mod queue;
 mod split;
 
 pub use chain::{Chain, MAX_SEGMENTS, Segment};
-pub use device::{Device, Refusal};
+pub use device::{AtOnce, Device, Done, Lane, Refusal};
 pub use memory::{Memory, MemoryError};
 pub use queue::{Broken, Format, Layout, Position, Queue, Setup};
