@@ -283,7 +283,50 @@ impl Trace {
     }
 }
 
+/// Command of the `bpf` system call that runs a program, of `include/uapi/linux/bpf.h`.
+pub const BPF_PROG_TEST_RUN: core::ffi::c_long = 10;
+
+/// `union bpf_attr` of [`BPF_PROG_TEST_RUN`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct TestRun {
+    /// The program.
+    pub prog_fd: u32,
+    /// What it returned.
+    pub retval: u32,
+    /// Bytes of a packet; none here, nor the other fields of one.
+    pub data_size_in: u32,
+    /// As above.
+    pub data_size_out: u32,
+    /// As above.
+    pub data_in: u64,
+    /// As above.
+    pub data_out: u64,
+    /// How often to run it; 0: once.
+    pub repeat: u32,
+    /// Nanoseconds that a run took.
+    pub duration: u32,
+    /// Bytes of the context: of a raw tracepoint program its arguments.
+    pub ctx_size_in: u32,
+    /// Bytes that the kernel may write of it.
+    pub ctx_size_out: u32,
+    /// Where the context is.
+    pub ctx_in: u64,
+    /// Where the kernel writes it.
+    pub ctx_out: u64,
+    /// `BPF_F_TEST_*`.
+    pub flags: u32,
+    /// The CPU to run on, where `flags` says so.
+    pub cpu: u32,
+    /// For packets.
+    pub batch_size: u32,
+    /// Zero.
+    pub pad: u32,
+}
+
 const _: () = {
+    assert!(size_of::<TestRun>() == 80);
+    assert!(core::mem::offset_of!(TestRun, ctx_in) == 48);
     assert!(size_of::<MatchKey>() == 24);
     assert!(size_of::<MatchEntry>() == 24);
     assert!(size_of::<ZoneKey>() == 16);

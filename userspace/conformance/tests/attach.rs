@@ -3,7 +3,6 @@
 mod support;
 
 use std::os::fd::AsRawFd as _;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context as _, Result};
 use aya::maps::{Array, Map, MapData, MapInfo};
@@ -18,49 +17,22 @@ use ioregion_dispatch::{
     Answered, Bus, Channel, Doorbell, LoadError, Region, RegionErrorKind, Size, Transport, Via,
 };
 use ioregion_microguest::{MMIO_BASE, Program};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use support::{bpf, hooked};
-
-/// These tests look at what this process holds, or limit it.
-fn alone() -> MutexGuard<'static, ()> {
-    static ALONE: Mutex<()> = Mutex::new(());
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// The limit of open files.
-fn limit() -> Result<libc::rlimit> {
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: The kernel fills in the struct.
-    let got = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
-    anyhow::ensure!(got == 0, "{}", std::io::Error::last_os_error());
-    Ok(limit)
-}
-
-fn set_limit(limit: libc::rlimit) -> Result<()> {
-    // SAFETY: The kernel reads the struct.
-    let set = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) };
-    anyhow::ensure!(set == 0, "{}", std::io::Error::last_os_error());
-    Ok(())
-}
+use support::{alone, bpf, hooked};
 
 /// Does something while this process has room for so many more descriptors.
 fn with_room_for<T>(descriptors: u64, what: impl FnOnce() -> T) -> Result<T> {
-    let before = limit()?;
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     let mut held = Vec::new();
     for _ in 0..=descriptors {
         held.push(std::fs::File::open("/dev/null")?);
     }
     let past = held.last().context("a file")?.as_raw_fd();
     drop(held);
-    set_limit(libc::rlimit {
-        rlim_cur: u64::try_from(past)?,
-        ..before
-    })?;
+    setrlimit(Resource::RLIMIT_NOFILE, u64::try_from(past)?, hard)?;
     let done = what();
-    set_limit(before)?;
+    setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?;
     Ok(done)
 }
 

@@ -1,6 +1,8 @@
 //! Delivery and wake-ups: queues lose nothing, nobody is woken who does not want it, and full
 //! tables refuse without leaving anything behind.
 
+mod support;
+
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -15,6 +17,8 @@ use ioregion_dispatch::{
 };
 use ioregion_microguest::{MMIO_BASE, Program};
 
+use support::writes;
+
 fn region(doorbell: Doorbell) -> Region {
     Region::mmio(MMIO_BASE, 0x1000).doorbell(doorbell)
 }
@@ -23,23 +27,8 @@ fn at_0x10() -> Doorbell {
     Doorbell::new(0x10, Size::B4)
 }
 
-fn writes(count: u32) -> Program {
-    let mut program = Program::new();
-    program.repeat(count, |p| {
-        p.write_counter(Bus::Mmio, MMIO_BASE + 0x10, 4, 1, 1);
-    });
-    program
-}
-
 fn rung(told: &[Told]) -> u64 {
-    let writes = |told: &Told| {
-        if let Told::Ring(ring) = told {
-            ring.writes
-        } else {
-            0
-        }
-    };
-    told.iter().map(writes).sum()
+    support::rung(told).0
 }
 
 /// A device that takes its time for each doorbell.

@@ -45,11 +45,8 @@ fn ring(index: u32, offset: u64, value: u64, writes: u64) -> Told {
 
 /// Number of writes that rang a doorbell, and the last value.
 fn rung(told: &[Told], at: u64) -> (u64, Option<u64>) {
-    told.iter()
-        .fold((0, None), |(writes, last), told| match told {
-            Told::Ring(ring) if ring.offset == at => (writes + ring.writes, ring.value),
-            _ => (writes, last),
-        })
+    let here = |told: &&Told| matches!(told, Told::Ring(ring) if ring.offset == at);
+    support::rung(told.iter().filter(here))
 }
 
 #[test]

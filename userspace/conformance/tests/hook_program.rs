@@ -8,12 +8,12 @@ use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, RawFd};
 use std::os::unix::net::UnixListener;
 use std::process::{Command, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, mpsc};
 
 use anyhow::{Context as _, Result, ensure};
 use aya::maps::MapInfo;
 use aya::programs::{ProgramFd, ProgramInfo};
-use ioregion_abi::bpf::{MatchEntry, MatchKey};
+use ioregion_abi::bpf::{BPF_PROG_TEST_RUN, MatchEntry, MatchKey, TestRun};
 use ioregion_abi::bucket::DoorbellBucket;
 use ioregion_abi::kvm::{prog_arg, verdict};
 use ioregion_conformance::{Kind, Recorder, Rig, Told, channel, maps, mechanism, run_to_halt};
@@ -24,13 +24,7 @@ use ioregion_dispatch::{
 };
 use ioregion_microguest::{MMIO_BASE, Program};
 
-use support::{hooked, wait_until};
-
-/// These tests look at what this process holds, so one at a time.
-fn alone() -> MutexGuard<'static, ()> {
-    static ALONE: Mutex<()> = Mutex::new(());
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
+use support::{alone, hooked, wait_until};
 
 /// What `/proc` says of a descriptor under a name.
 fn field(fd: RawFd, name: &str) -> Option<u32> {
@@ -100,30 +94,8 @@ fn tracepoints_are_attached_when_the_first_region_needs_them() -> Result<()> {
     Ok(())
 }
 
-#[repr(C)]
-#[derive(Default)]
-struct TestRun {
-    prog_fd: u32,
-    retval: u32,
-    data_size_in: u32,
-    data_size_out: u32,
-    data_in: u64,
-    data_out: u64,
-    repeat: u32,
-    duration: u32,
-    ctx_size_in: u32,
-    ctx_size_out: u32,
-    ctx_in: u64,
-    ctx_out: u64,
-    flags: u32,
-    cpu: u32,
-    batch_size: u32,
-    pad: u32,
-}
-
 /// Shows a program an access as KVM does.
 fn show(hook: &ProgramFd, args: [u64; 12]) -> Result<u32> {
-    const BPF_PROG_TEST_RUN: libc::c_long = 10;
     let mut attr = TestRun {
         prog_fd: hook.as_fd().as_raw_fd().cast_unsigned(),
         ctx_size_in: size_of_val(&args) as u32,

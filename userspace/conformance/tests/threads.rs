@@ -1,34 +1,17 @@
 //! Whose vCPU is it? The program knows vCPUs by their threads; machines never meet in it.
 
+mod support;
+
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use ioregion_conformance::{Kind, Recorder, Rig, Told, maps, run_to_halt};
-use ioregion_dispatch::{Bus, Doorbell, Region, Ring, Sink, Size, Transport, Vcpu};
+use ioregion_dispatch::{Bus, Ring, Sink, Transport, Vcpu};
 use ioregion_microguest::{MMIO_BASE, MicroVm, Program};
 
+use support::{region_with, rung, writes};
+
 const SINKS: [Sink; 2] = [Sink::Ioeventfd, Sink::Coalesced];
-
-fn region_with(sink: Sink) -> Region {
-    Region::mmio(MMIO_BASE, 0x1000).doorbell(Doorbell::new(0x10, Size::B4).sink(sink))
-}
-
-fn writes(count: u32) -> Program {
-    let mut program = Program::new();
-    program.repeat(count, |p| {
-        p.write_counter(Bus::Mmio, MMIO_BASE + 0x10, 4, 1, 1);
-    });
-    program
-}
-
-/// Number of writes that rang, and the last value.
-fn rung(told: &[Told]) -> (u64, Option<u64>) {
-    told.iter()
-        .fold((0, None), |(writes, last), told| match told {
-            Told::Ring(ring) => (writes + ring.writes, ring.value),
-            _ => (writes, last),
-        })
-}
 
 #[test]
 fn one_address_in_two_machines_rings_two_devices() -> Result<()> {

@@ -1,5 +1,7 @@
 //! The traps that careful reading of the kernel's sources found, each sprung on purpose.
 
+mod support;
+
 use std::collections::HashMap;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -20,33 +22,14 @@ use ioregion_dispatch::{
 };
 use ioregion_microguest::{MMIO_BASE, Program};
 
+use support::{region_with, rung, writes};
+
 const SINKS: [Sink; 2] = [Sink::Ioeventfd, Sink::Coalesced];
 
 /// Each form of `ebpf` that this host offers, with each sink.
 fn forms() -> impl Iterator<Item = (Kind, Sink)> {
     let forms = ebpf_kinds().flat_map(|kind| SINKS.map(|sink| (kind, sink)));
     forms.inspect(|(kind, sink)| println!("{kind:?} {sink:?}"))
-}
-
-fn region_with(sink: Sink) -> Region {
-    Region::mmio(MMIO_BASE, 0x1000).doorbell(Doorbell::new(0x10, Size::B4).sink(sink))
-}
-
-fn writes(count: u32) -> Program {
-    let mut program = Program::new();
-    program.repeat(count, |p| {
-        p.write_counter(Bus::Mmio, MMIO_BASE + 0x10, 4, 1, 1);
-    });
-    program
-}
-
-/// Number of writes that rang, and the last value.
-fn rung(told: &[Told]) -> (u64, Option<u64>) {
-    told.iter()
-        .fold((0, None), |(writes, last), told| match told {
-            Told::Ring(ring) => (writes + ring.writes, ring.value),
-            _ => (writes, last),
-        })
 }
 
 #[test]

@@ -2,21 +2,21 @@
 #![allow(dead_code, reason = "each test file uses a part")]
 
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use ioregion_abi::wire::Layout;
 use ioregion_conformance::pace::patience;
-use ioregion_conformance::{Kind, Recorder, Rig, Task, has_hook, kinds, mechanism};
+use ioregion_conformance::{Kind, Recorder, Rig, Task, Told, has_hook, kinds, mechanism};
 use ioregion_dispatch::mechanism::{Ebpf, KvmRun};
 use ioregion_dispatch::server::{DeviceEnd, WaitPolicy};
 use ioregion_dispatch::wire::{Message, Try, Wire};
 use ioregion_dispatch::{Access, Channel, Device, Event, Exit, Kicker, RegionId, Ring, Vcpu};
 use ioregion_dispatch::{
-    Doorbell, Program as Bpf, Region, RegionErrorKind, Size, Transport, Via, Vm,
+    Bus, Doorbell, Program as Bpf, Region, RegionErrorKind, Sink, Size, Transport, Via, Vm,
 };
-use ioregion_microguest::MMIO_BASE;
+use ioregion_microguest::{MMIO_BASE, Program};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollTimeout, poll};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
@@ -310,6 +310,35 @@ pub fn other_region() -> Region {
     Region::mmio(OTHER, 0x1000)
         .user_data(8)
         .doorbell(Doorbell::new(0x10, Size::B4))
+}
+
+/// A region with a doorbell at 0x10.
+pub fn region_with(sink: Sink) -> Region {
+    Region::mmio(MMIO_BASE, 0x1000).doorbell(Doorbell::new(0x10, Size::B4).sink(sink))
+}
+
+/// A program that rings it with 1, 2 and so on.
+pub fn writes(count: u32) -> Program {
+    let mut program = Program::new();
+    program.repeat(count, |p| {
+        p.write_counter(Bus::Mmio, MMIO_BASE + 0x10, 4, 1, 1);
+    });
+    program
+}
+
+/// Number of writes that rang, and the last value.
+pub fn rung<'a>(told: impl IntoIterator<Item = &'a Told>) -> (u64, Option<u64>) {
+    told.into_iter()
+        .fold((0, None), |(writes, last), told| match told {
+            Told::Ring(ring) => (writes + ring.writes, ring.value),
+            _ => (writes, last),
+        })
+}
+
+/// Keeps to itself a test that looks at what this process holds, or limits it.
+pub fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A device whose reads can be foreseen.

@@ -142,7 +142,7 @@ impl Local {
             outer: outer.try_into().map_err(|_| LoadError::Object {
                 missing: "arrays of maps",
             })?,
-            spare: words(1, "ioregion_spare").map_err(LoadError::from)?,
+            spare: words(1, BPF_F_INNER_MAP, "ioregion_spare").map_err(LoadError::from)?,
             ports: Numbers::new(SPARE_PORT),
             free_records: Numbers::new(MAX_VCPUS),
             next_vm: 0,
@@ -214,10 +214,10 @@ impl Maps {
     }
 }
 
-/// An array of words that can be mapped.
-fn words(len: u32, name: &str) -> Result<MapData, MapError> {
+/// An array of words that can be mapped; `flags`: what else it is to be.
+fn words(len: u32, flags: u32, name: &str) -> Result<MapData, MapError> {
     let (kind, value) = (BPF_MAP_TYPE_ARRAY as u32, size_of::<u64>() as u32);
-    create(kind, value, len, BPF_F_MMAPABLE | BPF_F_INNER_MAP, name)
+    create(kind, value, len, BPF_F_MMAPABLE | flags, name)
 }
 
 fn create(
@@ -250,7 +250,7 @@ impl Control for Local {
             "ioregion_slots",
         )
         .map_err(to_io)?;
-        let controls = words(CONTROL_WORDS, "ioregion_ctl").map_err(to_io)?;
+        let controls = words(CONTROL_WORDS, BPF_F_INNER_MAP, "ioregion_ctl").map_err(to_io)?;
         let ringbuf = create(
             BPF_MAP_TYPE_RINGBUF as u32,
             0,
@@ -373,8 +373,7 @@ impl Control for Local {
     }
 
     fn create_registers(&self, len: u32) -> io::Result<OwnedFd> {
-        let (kind, value) = (BPF_MAP_TYPE_ARRAY as u32, size_of::<u64>() as u32);
-        let map = create(kind, value, len, BPF_F_MMAPABLE, "ioregion_regs").map_err(to_io)?;
+        let map = words(len, 0, "ioregion_regs").map_err(to_io)?;
         map.fd().as_fd().try_clone_to_owned()
     }
 

@@ -5,7 +5,7 @@
 //! swallows the write; the other one is in `hooked`.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ioregion_abi::bpf::{MatchEntry, MatchKey, SlotBlock};
@@ -254,16 +254,8 @@ impl Parts {
         }
         let control = self.program.control();
         control.set_attached(true).map_err(Kind::Tracepoints)?;
-        let slots =
-            u32::try_from(region.doorbells.len()).map_err(|_| Kind::TableFull("the port"))?;
-        let PortFds {
-            port,
-            slots,
-            controls,
-            ringbuf,
-        } = control
-            .create_port(slots)
-            .map_err(|error| bpf("creating a port", error))?;
+        let fds = create_port(&self.program, region)?;
+        let port = fds.port;
         self.port = Some(port);
         // What the program captures from now on must not be sent by KVM as well: a region that KVM
         // carried until now leaves it first, and its accesses exit and wait for this one.
@@ -287,13 +279,7 @@ impl Parts {
             self.zones.push((region.bus, zone));
         }
         let shared = Arc::new(eventfd().map_err(Kind::BadDescriptor)?);
-        let mut doorbells = Vec::new();
-        for (index, doorbell) in (0..).zip(&region.doorbells) {
-            doorbells.push(SlotDoorbell {
-                index,
-                offset: doorbell.offset,
-                size: doorbell.size,
-            });
+        for doorbell in &region.doorbells {
             if doorbell.sink == Sink::Ioeventfd {
                 let added = self
                     .eventfds
@@ -302,17 +288,9 @@ impl Parts {
             }
         }
         let eventfd = (!self.eventfds.is_empty()).then(|| shared.as_fd().try_clone_to_owned());
-        let source = Port::new(PortParts {
-            user_data: region.user_data,
-            doorbells,
-            slots,
-            controls,
-            eventfd: eventfd.transpose().map_err(Kind::BadDescriptor)?,
-            ringbuf: Some(ringbuf),
-        });
-        source
-            .map(|port| Some(DoorbellSource::Port(port)))
-            .map_err(Kind::BadDescriptor)
+        let eventfd = eventfd.transpose().map_err(Kind::BadDescriptor)?;
+        let source = port_source(region, fds, eventfd)?;
+        Ok(Some(DoorbellSource::Port(source)))
     }
 
     /// Takes everything away, the sinks first: what is still captured then exits, and the exit
@@ -345,6 +323,36 @@ impl Parts {
         }
         any
     }
+}
+
+/// Makes the place where a region's doorbells arrive.
+pub(super) fn create_port(program: &VmProgram, region: &Region) -> Result<PortFds, Kind> {
+    let slots = u32::try_from(region.doorbells.len()).map_err(|_| Kind::TableFull("the port"))?;
+    let created = program.control().create_port(slots);
+    created.map_err(|error| bpf("creating a port", error))
+}
+
+/// The device task's view of it; `eventfd` is signalled by KVM.
+pub(super) fn port_source(
+    region: &Region,
+    fds: PortFds,
+    eventfd: Option<OwnedFd>,
+) -> Result<Port, Kind> {
+    let doorbells = (0..).zip(&region.doorbells);
+    let doorbells = doorbells.map(|(index, doorbell)| SlotDoorbell {
+        index,
+        offset: doorbell.offset,
+        size: doorbell.size,
+    });
+    let port = Port::new(PortParts {
+        user_data: region.user_data,
+        doorbells: doorbells.collect(),
+        slots: fds.slots,
+        controls: fds.controls,
+        eventfd,
+        ringbuf: Some(fds.ringbuf),
+    });
+    port.map_err(Kind::BadDescriptor)
 }
 
 pub(super) fn bpf(what: &'static str, error: io::Error) -> Kind {
@@ -396,24 +404,29 @@ pub(super) fn table(
     entries
 }
 
-fn entry(doorbell: &Doorbell, port: u32, slot: u32, drain_port: u32) -> MatchEntry {
+/// The entry of a doorbell whose value goes to a slot; `signal` is the flag that has its eventfd
+/// signalled, where it has one.
+pub(super) fn stored(doorbell: &Doorbell, port: u32, slot: u32, signal: u32) -> MatchEntry {
     let wake = match (doorbell.sink, doorbell.wake) {
-        // KVM signals the eventfd by itself.
-        (Sink::Ioeventfd, _) | (_, Wake::Never) => 0,
+        (Sink::Ioeventfd, _) => signal,
+        (_, Wake::Never) => 0,
         (_, Wake::WhenArmed) => MatchEntry::WAKE_ARMED,
         (_, Wake::Always) => MatchEntry::WAKE_ALWAYS,
     };
+    let (block, slot) = SlotBlock::place(slot);
+    MatchEntry {
+        port,
+        block,
+        slot,
+        flags: MatchEntry::STORE | wake,
+        ..Default::default()
+    }
+}
+
+fn entry(doorbell: &Doorbell, port: u32, slot: u32, drain_port: u32) -> MatchEntry {
     match doorbell.delivery {
-        Delivery::Latest => {
-            let (block, slot) = SlotBlock::place(slot);
-            MatchEntry {
-                port,
-                block,
-                slot,
-                flags: MatchEntry::STORE | wake,
-                ..Default::default()
-            }
-        }
+        // KVM signals the eventfd by itself.
+        Delivery::Latest => stored(doorbell, port, slot, 0),
         // The ring is the queue: its drainer is told, not the device.
         Delivery::Fifo => MatchEntry {
             port: drain_port,

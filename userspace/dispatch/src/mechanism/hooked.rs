@@ -8,10 +8,10 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use ioregion_abi::bpf::{MatchEntry, MatchKey, SlotBlock};
+use ioregion_abi::bpf::{MatchEntry, MatchKey};
 use kvm_ioctls::VmFd;
 
-use super::ebpf::{Ebpf, bpf, table};
+use super::ebpf::{Ebpf, bpf, create_port, port_source, stored, table};
 use super::ioeventfd::eventfd;
 use super::ioregionfd::{self, InKernel};
 use super::{Assignment, Carried, Carrier, Placed};
@@ -19,9 +19,9 @@ use crate::channel::Channel;
 use crate::device::BusAccess;
 use crate::ebpf::{TableEntry, VmProgram};
 use crate::error::{RegionError, RegionErrorKind as Kind};
-use crate::region::{Answered, Delivery, Region, Sink, Wake};
+use crate::region::{Answered, Delivery, Region, Sink};
 use crate::registers::RegisterFile;
-use crate::source::{DoorbellSource, Port, PortParts, SlotDoorbell};
+use crate::source::{DoorbellSource, Port};
 use crate::sys::kvm;
 use crate::vm::VmShared;
 use crate::waiter::Waiter;
@@ -116,20 +116,7 @@ pub(crate) fn entries(region: &Region, vm: u32, port: u32) -> Vec<TableEntry> {
             // The wire is the queue.
             return None;
         }
-        let (block, slot) = SlotBlock::place(slot);
-        let wake = match (doorbell.sink, doorbell.wake) {
-            (Sink::Ioeventfd, _) => MatchEntry::SIGNAL,
-            (Sink::Coalesced, Wake::Never) => 0,
-            (Sink::Coalesced, Wake::WhenArmed) => MatchEntry::WAKE_ARMED,
-            (Sink::Coalesced, Wake::Always) => MatchEntry::WAKE_ALWAYS,
-        };
-        Some(MatchEntry {
-            port,
-            block,
-            slot,
-            flags: MatchEntry::STORE | wake,
-            ..Default::default()
-        })
+        Some(stored(doorbell, port, slot, MatchEntry::SIGNAL))
     });
     let doorbells = doorbells
         .into_iter()
@@ -216,31 +203,14 @@ impl Parts {
         if !captures(region) {
             return Ok(None);
         }
-        let count =
-            u32::try_from(region.doorbells.len()).map_err(|_| Kind::TableFull("the port"))?;
-        let fds = self.program.control().create_port(count);
-        let fds = fds.map_err(|error| bpf("creating a port", error))?;
+        let fds = create_port(&self.program, region)?;
         self.port = Some(fds.port);
-        let doorbells = (0..).zip(&region.doorbells);
         let is_signalled = region.doorbells.iter().any(|doorbell| {
             doorbell.delivery == Delivery::Latest && doorbell.sink == Sink::Ioeventfd
         });
         let eventfd = is_signalled.then(eventfd).transpose();
-        let port = Port::new(PortParts {
-            user_data: region.user_data,
-            doorbells: doorbells
-                .map(|(index, doorbell)| SlotDoorbell {
-                    index,
-                    offset: doorbell.offset,
-                    size: doorbell.size,
-                })
-                .collect(),
-            slots: fds.slots,
-            controls: fds.controls,
-            eventfd: eventfd.map_err(Kind::BadDescriptor)?,
-            ringbuf: Some(fds.ringbuf),
-        });
-        port.map(Some).map_err(Kind::BadDescriptor)
+        let eventfd = eventfd.map_err(Kind::BadDescriptor)?;
+        port_source(region, fds, eventfd).map(Some)
     }
 
     /// Takes everything away, the program first: KVM sends what comes after that over the wire,

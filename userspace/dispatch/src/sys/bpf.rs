@@ -3,33 +3,12 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-const BPF_PROG_TEST_RUN: libc::c_long = 10;
+use ioregion_abi::bpf::{BPF_PROG_TEST_RUN, TestRun};
+
 const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 const BPF_MAP_FREEZE: libc::c_long = 22;
 const BPF_MAP_GET_FD_BY_ID: libc::c_long = 14;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
-
-/// `union bpf_attr` as `BPF_PROG_TEST_RUN` lays it out.
-#[repr(C)]
-#[derive(Default)]
-struct TestRun {
-    prog_fd: u32,
-    retval: u32,
-    data_size_in: u32,
-    data_size_out: u32,
-    data_in: u64,
-    data_out: u64,
-    repeat: u32,
-    duration: u32,
-    ctx_size_in: u32,
-    ctx_size_out: u32,
-    ctx_in: u64,
-    ctx_out: u64,
-    flags: u32,
-    cpu: u32,
-    batch_size: u32,
-    pad: u32,
-}
 
 fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
     // SAFETY: `attr` is laid out as the command wants it; the callers below pass no pointers in
