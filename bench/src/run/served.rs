@@ -147,12 +147,10 @@ impl Site<'_> {
         };
         if row.hook == Some(Hook::Answer) {
             let registers = self.vm.registers(1)?;
-            for region in &mut served.regions {
-                let plain = std::mem::replace(region, Region::mmio(0, 1));
-                *region = plain
-                    .registers(&registers)
-                    .answered(Answered::new(STATUS, Size::B4, 0));
-            }
+            let answered = Answered::new(STATUS, Size::B4, 0);
+            let plain = std::mem::take(&mut served.regions).into_iter();
+            let with = plain.map(|region| region.registers(&registers).answered(answered));
+            served.regions = with.collect();
             served.registers = Some(registers);
         }
         let mut assigned = Vec::new();

@@ -84,6 +84,11 @@ fn parallel_writers_get_what_each_wrote() {
     service.end();
 }
 
+fn mount_ext4(service: &Service, place: &Path) {
+    let (kind, options) = (Some("ext4"), None::<&str>);
+    mount(Some(&service.disk), place, kind, MsFlags::empty(), options).unwrap();
+}
+
 #[test]
 fn file_system_lives_on_the_disk() {
     let dir = tempfile::tempdir().unwrap();
@@ -92,24 +97,13 @@ fn file_system_lives_on_the_disk() {
     run(Command::new("mkfs.ext4").arg("-q").arg(&service.disk));
     let place = dir.path().join("mnt");
     fs::create_dir(&place).unwrap();
-    let mount = |service: &Service| {
-        let none = None::<&str>;
-        mount(
-            Some(&service.disk),
-            &place,
-            Some("ext4"),
-            MsFlags::empty(),
-            none,
-        )
-        .unwrap();
-    };
     let file = |number: u64| place.join(format!("file-{number}"));
     let content = |number: u64| {
         let words = pattern(number);
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         bytes[..(number as usize + 1) * 50_000].to_vec()
     };
-    mount(&service);
+    mount_ext4(&service, &place);
     for number in 0..20 {
         fs::write(file(number), content(number)).unwrap();
     }
@@ -122,7 +116,7 @@ fn file_system_lives_on_the_disk() {
 
     // The same file system with another service, of another kind.
     let service = Service::start("ext4-again", &image, &["--packed"]);
-    mount(&service);
+    mount_ext4(&service, &place);
     for number in 0..20 {
         match fs::read(file(number)) {
             Ok(bytes) => assert!(number % 3 != 0 && bytes == content(number), "file {number}"),
@@ -142,15 +136,7 @@ fn disk_is_resized_while_it_is_mounted() {
     run(Command::new("mkfs.ext4").arg("-q").arg(&service.disk));
     let place = dir.path().join("mnt");
     fs::create_dir(&place).unwrap();
-    let none = None::<&str>;
-    mount(
-        Some(&service.disk),
-        &place,
-        Some("ext4"),
-        MsFlags::empty(),
-        none,
-    )
-    .unwrap();
+    mount_ext4(&service, &place);
     let free = || {
         let stat = nix::sys::statvfs::statvfs(&place).unwrap();
         stat.blocks_available() * stat.fragment_size()
@@ -175,14 +161,7 @@ fn disk_is_resized_while_it_is_mounted() {
     fs::write(place.join("large"), &content).unwrap();
     umount2(&place, MntFlags::empty()).unwrap();
     run(Command::new("e2fsck").arg("-fn").arg(&service.disk));
-    mount(
-        Some(&service.disk),
-        &place,
-        Some("ext4"),
-        MsFlags::empty(),
-        none,
-    )
-    .unwrap();
+    mount_ext4(&service, &place);
     assert!(fs::read(place.join("large")).unwrap() == content);
     umount2(&place, MntFlags::empty()).unwrap();
     // A size that no disk can have is refused, and the disk goes on.

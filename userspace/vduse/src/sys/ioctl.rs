@@ -13,7 +13,7 @@ use ioregion_abi::vduse::{
 /// # Safety
 ///
 /// Every byte pattern must be a value, and the kernel must read no pointer from it.
-pub(crate) unsafe trait Argument {}
+pub(crate) unsafe trait Argument: Copy {}
 
 // SAFETY: An integer.
 unsafe impl Argument for u32 {}
@@ -40,13 +40,7 @@ fn argument_bytes(request: u64) -> usize {
 
 /// A request that reads its argument.
 pub(crate) fn pass<T: Argument>(fd: BorrowedFd<'_>, request: u64, value: &T) -> io::Result<()> {
-    let mut copy = std::mem::MaybeUninit::<T>::uninit();
-    // SAFETY: Both are one `T`; `T` is integers, so a copy of its bytes is as good.
-    let value = unsafe {
-        std::ptr::copy_nonoverlapping(value, copy.as_mut_ptr(), 1);
-        copy.assume_init_mut()
-    };
-    update(fd, request, value)
+    update(fd, request, &mut { *value })
 }
 
 /// A request that reads or writes its argument.
