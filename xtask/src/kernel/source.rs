@@ -8,6 +8,7 @@ use std::path::{Component, Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use crate::apt;
+use crate::lock::Lock;
 use crate::sh::Cmd;
 use crate::toolchain::{Missing, cache_dir};
 
@@ -130,6 +131,7 @@ pub fn package(renew: bool) -> Result<(PathBuf, String)> {
     let file = match newest(&folder).filter(|_| !renew) {
         Some(file) => file,
         None => {
+            let _lock = Lock::take(&folder)?;
             // A download that was cut short must not be taken for the package.
             let part = folder.join("part");
             if part.exists() {
