@@ -10,6 +10,7 @@ mod outcome;
 mod progress;
 mod setup;
 mod sh;
+mod space;
 mod tiers;
 mod toolchain;
 mod vm;
