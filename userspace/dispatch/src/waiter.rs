@@ -12,6 +12,7 @@ use nix::sys::signal::SigSet;
 
 use crate::channel::Channel;
 use crate::channel::state::Ticket;
+use crate::sys::signal::interrupt;
 
 /// Wakes one sleeping task.
 #[derive(Debug)]
@@ -62,8 +63,7 @@ impl Bell {
         self.ring();
         let thread = self.thread.load(Ordering::SeqCst);
         if thread != 0 {
-            // SAFETY: A system call without pointers; a thread that is gone yields ESRCH.
-            unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, signal) };
+            interrupt(thread, signal);
         }
     }
 

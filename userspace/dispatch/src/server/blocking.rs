@@ -1,11 +1,14 @@
 //! A server on a thread of its own.
+//!
+//! Where it waits for nothing but the wire, it sleeps in the wire's `read` (`asleep`); else on an
+//! epoll of everything.
 
 use std::time::{Duration, Instant};
 
 use nix::sys::epoll::EpollTimeout;
 
 use super::watch::{Ready, Watch};
-use super::{DeviceEnd, ServeError, Session, Stats, Step, Stop, WaitPolicy};
+use super::{DeviceEnd, ServeError, Session, Stats, Step, Stop, WaitPolicy, asleep};
 use crate::device::Device;
 
 /// Idle looks between two looks at the clock.
@@ -13,7 +16,10 @@ const LOOKS_PER_CLOCK: u32 = 32;
 
 /// Serves the device until the VMM's end is closed or `stop` is triggered.
 ///
-/// Asleep, a command that is answered costs one wait, one receive and one send.
+/// Asleep, a command that is answered costs one receive and one send, with doorbell sources one
+/// wait more. With [`WaitPolicy::Sleep`] and no doorbell source, this thread sleeps in the wire's
+/// `read`; `stop` then ends the sleep by a signal that nobody handles, the last such real-time
+/// signal that the process has.
 ///
 /// # Errors
 ///
@@ -30,6 +36,9 @@ pub fn serve(
 }
 
 fn run(session: &mut Session<'_>, policy: WaitPolicy, stop: &Stop) -> Result<(), ServeError> {
+    if policy == WaitPolicy::Sleep {
+        asleep::run(session, stop)?;
+    }
     let mut watch = Watch::new(session, stop)?;
     let mut ready = Ready::WORK;
     while !stop.is_triggered() {

@@ -6,8 +6,8 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ioregion_abi::Size;
@@ -20,6 +20,7 @@ use crate::registers::RegisterFile;
 use crate::source::DoorbellSource;
 use crate::wire::{Message, Try, Wire, WireError};
 
+mod asleep;
 mod blocking;
 #[cfg(feature = "tokio")]
 mod tokio;
@@ -31,6 +32,7 @@ mod watch;
 pub use self::tokio::serve_async;
 #[cfg(feature = "io-uring")]
 pub use self::uring::serve_uring;
+use asleep::Sleeper;
 pub use blocking::serve;
 
 /// Everything that a device task needs besides its device: it never holds a KVM descriptor.
@@ -112,7 +114,8 @@ pub struct Stats {
     pub doorbells: u64,
     /// Writes that those stand for.
     pub writes: u64,
-    /// Times the server slept.
+    /// Times the server slept. One that sleeps in its wire's `read` counts the sleeps of its
+    /// thread, with those of the device.
     pub wakeups: u64,
     /// Doorbell writes that were signalled but whose value was missed.
     pub lost: u64,
@@ -151,6 +154,8 @@ pub struct Stop(Arc<Switch>);
 struct Switch {
     thrown: AtomicBool,
     eventfd: EventFd,
+    /// Threads that sleep where the eventfd does not wake them.
+    sleepers: Mutex<Vec<Sleeper>>,
 }
 
 impl Stop {
@@ -164,16 +169,24 @@ impl Stop {
         Ok(Self(Arc::new(Switch {
             thrown: AtomicBool::new(false),
             eventfd: EventFd::from_value_and_flags(0, flags)?,
+            sleepers: Mutex::default(),
         })))
     }
 
-    /// Makes the servers that use this switch return, for good.
+    /// Makes the servers that use this switch return, for good. Not for signal handlers: it takes
+    /// a lock.
     pub fn trigger(&self) {
         self.0.thrown.store(true, Ordering::Release);
         if let Err(error) = self.0.eventfd.write(1) {
             // Only a full counter refuses, and that wakes as well.
             tracing::debug!(%error, "stop switch");
         }
+        self.sleepers().iter().for_each(Sleeper::wake);
+    }
+
+    fn sleepers(&self) -> MutexGuard<'_, Vec<Sleeper>> {
+        let sleepers = self.0.sleepers.lock();
+        sleepers.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether it was triggered.
@@ -320,10 +333,18 @@ impl<'d> Session<'d> {
 
     /// Receives and answers at most one command.
     fn step(&mut self) -> Result<Step, ServeError> {
+        self.step_with(|wire| wire.try_recv())
+    }
+
+    /// The same with a way to receive.
+    fn step_with(
+        &mut self,
+        recv: impl FnOnce(&mut dyn Wire) -> Result<Try<Message>, WireError>,
+    ) -> Result<Step, ServeError> {
         if !self.flush()? {
             return Ok(Step::Blocked);
         }
-        let Try::Done(message) = self.wire.try_recv()? else {
+        let Try::Done(message) = recv(&mut *self.wire)? else {
             return Ok(Step::Idle);
         };
         self.unsent = self.handle(&message)?;

@@ -4,3 +4,4 @@ pub(crate) mod bpf;
 pub(crate) mod kvm;
 pub(crate) mod mmap;
 pub(crate) mod pidfd;
+pub(crate) mod signal;

@@ -60,7 +60,7 @@ impl Partial {
             match read(self.rest()) {
                 Ok(0) => return Err(WireError::Closed),
                 Ok(n) if self.advance(n) => return Ok(Try::Done(self.take())),
-                Ok(_) | Err(Errno::EINTR) => {}
+                Ok(_) => {}
                 Err(Errno::EAGAIN) => return Ok(Try::WouldBlock),
                 Err(errno) => return Err(broken(errno)),
             }
@@ -185,6 +185,34 @@ impl Socket {
             outbound: Partial::SENT,
         }
     }
+
+    /// Receives one message, with these flags for the socket.
+    fn take(&mut self, flags: MsgFlags) -> Result<Try<Message>, WireError> {
+        let fd = self.fd.as_raw_fd();
+        if !self.seqpacket {
+            return self
+                .inbound
+                .fill(|rest| interruptible(recv(fd, rest, flags)));
+        }
+        let mut message = [0; MESSAGE_LEN];
+        // With MSG_TRUNC the length is the message's, even where that is longer.
+        match interruptible(recv(fd, &mut message, flags | MsgFlags::MSG_TRUNC)) {
+            Ok(len) => {
+                check_packet(self.fd.as_fd(), len)?;
+                Ok(Try::Done(message))
+            }
+            Err(Errno::EAGAIN) => Ok(Try::WouldBlock),
+            Err(errno) => Err(broken(errno)),
+        }
+    }
+}
+
+/// A sleep that a signal ended is one without a message.
+fn interruptible(read: nix::Result<usize>) -> nix::Result<usize> {
+    read.map_err(|errno| match errno {
+        Errno::EINTR => Errno::EAGAIN,
+        errno => errno,
+    })
 }
 
 const SEND: MsgFlags = MsgFlags::MSG_DONTWAIT.union(MsgFlags::MSG_NOSIGNAL);
@@ -209,29 +237,7 @@ impl Wire for Socket {
     }
 
     fn try_recv(&mut self) -> Result<Try<Message>, WireError> {
-        let fd = self.fd.as_raw_fd();
-        if !self.seqpacket {
-            return self
-                .inbound
-                .fill(|rest| recv(fd, rest, MsgFlags::MSG_DONTWAIT));
-        }
-        let mut message = [0; MESSAGE_LEN];
-        loop {
-            // With MSG_TRUNC the length is the message's, even where that is longer.
-            match recv(
-                fd,
-                &mut message,
-                MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_TRUNC,
-            ) {
-                Ok(len) => {
-                    check_packet(self.fd.as_fd(), len)?;
-                    return Ok(Try::Done(message));
-                }
-                Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => return Ok(Try::WouldBlock),
-                Err(errno) => return Err(broken(errno)),
-            }
-        }
+        self.take(MsgFlags::MSG_DONTWAIT)
     }
 
     fn prepare_sleep(&mut self, _to_send: bool) -> bool {
@@ -245,6 +251,14 @@ impl Wire for Socket {
     }
 
     fn finish_sleep(&mut self) {}
+
+    fn sleeps_in(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.fd.as_fd())
+    }
+
+    fn recv(&mut self) -> Result<Try<Message>, WireError> {
+        self.take(MsgFlags::empty())
+    }
 
     fn kernel_files(&self) -> Option<[BorrowedFd<'_>; 2]> {
         Some([self.fd.as_fd(), self.fd.as_fd()])
@@ -334,7 +348,7 @@ impl Wire for Files {
 
     fn try_recv(&mut self) -> Result<Try<Message>, WireError> {
         let Self { read, inbound, .. } = self;
-        inbound.fill(|rest| nix::unistd::read(&*read, rest))
+        inbound.fill(|rest| interruptible(nix::unistd::read(&*read, rest)))
     }
 
     fn prepare_sleep(&mut self, _to_send: bool) -> bool {
@@ -350,6 +364,15 @@ impl Wire for Files {
     }
 
     fn finish_sleep(&mut self) {}
+
+    fn sleeps_in(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.read.as_fd())
+    }
+
+    fn recv(&mut self) -> Result<Try<Message>, WireError> {
+        let Self { read, inbound, .. } = self;
+        inbound.fill(|rest| interruptible(nix::unistd::read(&*read, rest)))
+    }
 
     fn kernel_files(&self) -> Option<[BorrowedFd<'_>; 2]> {
         Some([self.read.as_fd(), self.write.as_fd()])

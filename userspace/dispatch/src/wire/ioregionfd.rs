@@ -104,6 +104,14 @@ impl Ioregionfd {
         }
     }
 
+    /// What follows from having taken a command.
+    fn took(&mut self, message: &Message) {
+        if message[0] & RESPONSE != 0 {
+            self.owed = Some(self.taken);
+        }
+        self.taken = self.taken.wrapping_add(1);
+    }
+
     fn is_empty(&self) -> bool {
         self.page.word(HEAD).load(Ordering::Acquire) == self.taken
     }
@@ -152,10 +160,7 @@ impl Wire for Ioregionfd {
             let word = self.page.word(start + 8 * i).load(Ordering::Relaxed);
             bytes.copy_from_slice(&word.to_ne_bytes());
         }
-        if message[0] & RESPONSE != 0 {
-            self.owed = Some(self.taken);
-        }
-        self.taken = self.taken.wrapping_add(1);
+        self.took(&message);
         self.page.word(TAIL).store(self.taken, Ordering::Release);
         self.wake()?;
         Ok(Try::Done(message))
@@ -171,6 +176,28 @@ impl Wire for Ioregionfd {
     }
 
     fn finish_sleep(&mut self) {}
+
+    fn sleeps_in(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.fd.as_fd())
+    }
+
+    fn recv(&mut self) -> Result<Try<Message>, WireError> {
+        match self.try_recv()? {
+            Try::WouldBlock => {}
+            done => return Ok(done),
+        }
+        let mut message = [0; MESSAGE_LEN];
+        // KVM moves the tail, and wakes itself.
+        match nix::unistd::read(&self.fd, &mut message) {
+            Ok(MESSAGE_LEN) => {
+                self.took(&message);
+                Ok(Try::Done(message))
+            }
+            Ok(_) => Err(WireError::Closed),
+            Err(Errno::EINTR | Errno::EAGAIN) => Ok(Try::WouldBlock),
+            Err(errno) => Err(super::files::broken(errno)),
+        }
+    }
 
     fn into_fds(self: Box<Self>) -> Vec<OwnedFd> {
         vec![self.fd]

@@ -95,7 +95,7 @@ pub enum Try<T> {
 
 /// One end of a transport.
 ///
-/// Nothing here blocks. To wait, call [`prepare_sleep`](Self::prepare_sleep); if it returns
+/// Nothing here blocks but [`recv`](Self::recv). To wait, call [`prepare_sleep`](Self::prepare_sleep); if it returns
 /// true, `poll` the descriptors of [`poll_fds`](Self::poll_fds), then call
 /// [`finish_sleep`](Self::finish_sleep) and try again. One task at a time uses an end.
 pub trait Wire: Send + fmt::Debug {
@@ -137,6 +137,22 @@ pub trait Wire: Send + fmt::Debug {
 
     /// Says that this side is awake again (consumes the wake-up).
     fn finish_sleep(&mut self);
+
+    /// The file in whose `read` this end can sleep, which costs less than a sleep on
+    /// [`poll_fds`](Self::poll_fds) and a try; `None` where it must wait for several.
+    fn sleeps_in(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Receives one whole message, asleep in [`sleeps_in`](Self::sleeps_in) until there is one.
+    /// `WouldBlock` where a signal ended the sleep, or where the file is non-blocking.
+    ///
+    /// # Errors
+    ///
+    /// As [`try_recv`](Self::try_recv).
+    fn recv(&mut self) -> Result<Try<Message>, WireError> {
+        self.try_recv()
+    }
 
     /// The files that KVM reads responses from and writes commands to, if it can use the VMM's end
     /// in the VMM's place.
