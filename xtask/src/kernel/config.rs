@@ -38,6 +38,18 @@ pub fn lost(fragments: &str, config: &str) -> Vec<String> {
     names.iter().filter_map(lost).collect()
 }
 
+/// The options of a fragment that a configuration has too, whatever their values there.
+pub fn mentioned(fragment: &str, config: &str) -> String {
+    let has = |name: &str| {
+        let mut options = config.lines().filter_map(option);
+        options.any(|(other, _)| other == name)
+    };
+    let kept = fragment
+        .lines()
+        .filter(|line| option(line).is_some_and(|(name, _)| has(name)));
+    kept.collect::<Vec<&str>>().join("\n")
+}
+
 /// An error that names every option that was lost.
 pub fn check(fragments: &str, config: &str) -> Result<()> {
     let lost = lost(fragments, config);
@@ -91,5 +103,13 @@ mod tests {
         let fragments = "CONFIG_A=y\nCONFIG_A=n\n";
         assert!(lost(fragments, "").is_empty());
         assert_eq!(lost(fragments, "CONFIG_A=y\n").len(), 1);
+    }
+
+    #[test]
+    fn only_options_that_a_configuration_mentions_are_kept() {
+        let config = "CONFIG_A=\"x\"\n# CONFIG_B is not set\nCONFIG_AB=y\n";
+        let fragment = "# a comment\nCONFIG_A=\"\"\nCONFIG_B=y\nCONFIG_C=y\n";
+        assert_eq!(mentioned(fragment, config), "CONFIG_A=\"\"\nCONFIG_B=y");
+        assert_eq!(mentioned(fragment, ""), "");
     }
 }

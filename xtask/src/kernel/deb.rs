@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use super::{KernelArgs, Patched, base, fragments, logged, setup, source};
+use super::{KernelArgs, Patched, base, config, fragments, logged, setup, source};
 use crate::apt::{self, Package};
 use crate::lock::Lock;
 use crate::sh::Cmd;
@@ -19,13 +19,17 @@ const PACKAGES: [Package; 2] = [
 /// What is changed in the distribution's configuration.
 pub const FRAGMENTS: [&str; 1] = ["deb.config"];
 
+/// What is changed in it where it has the option at all.
+const KEYS: [&str; 1] = ["deb-keys.config"];
+
 /// Debian's configurations of the same source.
 const CONFIGURATIONS: &str = "linux-config-6.12";
 
 /// Builds the packages into `target/kernel/deb`.
 pub fn build(root: &Path, args: &KernelArgs) -> Result<()> {
     let patches = source::series(&root.join("kernel/patches/6.12"))?;
-    let fragments = fragments(root, &FRAGMENTS)?;
+    let changes = fragments(root, &FRAGMENTS)?;
+    let keys = fragments(root, &KEYS)?;
     setup()?;
     apt::ensure(&PACKAGES)?;
     let base = base(root);
@@ -36,6 +40,7 @@ pub fn build(root: &Path, args: &KernelArgs) -> Result<()> {
             .with_context(|| format!("reading the configuration {}", file.display()))?,
         None => debian_configuration(&base, &version)?,
     };
+    let keys = config::mentioned(&keys, &distribution);
     let source = Patched::prepare(&base, version, &package, &patches)?;
     // The packages appear in the folder above the objects.
     let folder = base.join("deb");
@@ -43,7 +48,7 @@ pub fn build(root: &Path, args: &KernelArgs) -> Result<()> {
     fs::create_dir_all(&objects)
         .and_then(|()| fs::write(objects.join(".config"), distribution))
         .with_context(|| format!("cannot write into {}", objects.display()))?;
-    source.configure(&objects, &fragments, args.jobs)?;
+    source.configure(&objects, &format!("{changes}\n{keys}"), args.jobs)?;
     let before = packages(&folder)?;
     println!("building with a distribution's configuration takes hours and tens of gigabytes");
     let make = source
