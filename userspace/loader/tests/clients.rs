@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use ioregion_conformance::pace::patience;
 use ioregion_dispatch::mechanism::Ebpf;
 use ioregion_dispatch::server::{DeviceEnd, Stop, WaitPolicy, serve};
 use ioregion_dispatch::{
@@ -56,7 +57,7 @@ fn loader(files: u64) -> Loader {
 }
 
 fn within(what: &str, mut done: impl FnMut() -> bool) {
-    let end = Instant::now() + LONG;
+    let end = Instant::now() + patience(LONG);
     while !done() {
         assert!(Instant::now() < end, "{what}: not in time");
         std::thread::sleep(Duration::from_millis(20));
@@ -178,7 +179,7 @@ fn descriptors_in_a_request_are_not_taken() {
             );
         }
         stream.shutdown(std::net::Shutdown::Write).unwrap();
-        stream.set_read_timeout(Some(LONG)).unwrap();
+        stream.set_read_timeout(Some(patience(LONG))).unwrap();
         let mut reply = Vec::new();
         // Data that nobody has read make the end a reset.
         if let Err(error) = stream.read_to_end(&mut reply) {

@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use ioregion_conformance::pace::patience;
 use ioregion_dispatch::mechanism::Ebpf;
 use ioregion_dispatch::server::{DeviceEnd, Stop, WaitPolicy, serve};
 use ioregion_dispatch::{
@@ -38,7 +39,7 @@ fn loader(socket: &Path) -> Loader {
         .stderr(Stdio::null())
         .spawn()
         .expect("the loader starts");
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + patience(Duration::from_secs(20));
     while UnixStream::connect(socket).is_err() {
         assert!(Instant::now() < end, "the loader does not listen");
         std::thread::sleep(Duration::from_millis(20));
@@ -180,7 +181,7 @@ fn programs_of(pid: u32) -> HashSet<u32> {
 /// to a tracepoint and of which a VMM has descriptors of its own.
 fn wait_until_gone(programs: &HashSet<u32>) {
     assert!(!programs.is_empty());
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + patience(Duration::from_secs(20));
     let any = || {
         let mut loaded = aya::programs::loaded_programs().filter_map(Result::ok);
         loaded.any(|program| {
@@ -209,7 +210,7 @@ fn killed_loader_leaves_nothing_and_doorbells_go_on_over_the_channel() {
         loader.0.kill().unwrap();
         loader.0.wait().unwrap();
         wait_until_gone(&held);
-        let end = Instant::now() + Duration::from_secs(20);
+        let end = Instant::now() + patience(Duration::from_secs(20));
         loop {
             match vm.next_event() {
                 Some(Event::ProgramGone { .. }) => break,
