@@ -21,11 +21,7 @@ pub(super) fn ratio_with_cost(results: &Results, of: &str, over: &str) -> Outcom
 
 pub(super) fn vs_best_forward(results: &Results, of: &str, operation: &str) -> Outcome {
     let forwarded = results.scenarios.iter().filter(|s| {
-        // Device tasks without the library's server are no transport of their own.
-        s.name.starts_with("forward-")
-            && s.name.ends_with(operation)
-            && !s.name.contains("-direct/")
-            && s.wrong() == 0
+        s.name.starts_with("forward-") && s.name.ends_with(operation) && s.wrong() == 0
     });
     let best = forwarded.min_by_key(|s| s.vcpu_ns.p50);
     let best = best.ok_or_else(|| format!("not measured: forward-*{operation}"))?;

@@ -75,15 +75,6 @@ pub const NATIVE_CLAIMS: &[ClaimDef] = &[
         how: How::RatioWithSwitches("ioregionfd-mailbox/read", "forward-stream/read"),
     },
     ClaimDef {
-        id: "mailbox-read-vs-forward-direct",
-        text: "the same with device tasks that sleep in `read`, without the library's server and its epoll, on both sides",
-        bar: Bar::None,
-        how: How::RatioWithSwitches(
-            "ioregionfd-mailbox-direct/read",
-            "forward-stream-direct/read",
-        ),
-    },
-    ClaimDef {
         id: "mailbox-read-vs-forward-best",
         text: "vCPU time per read: ioregionfd over the purpose-made file / forward on its best transport",
         bar: Bar::AtMost(1.00),

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, bail};
 use ioregion_abi::wire::Layout;
 use ioregion_bench::results::Pinning;
 use ioregion_dispatch::mechanism::{Ebpf, Forward, Ioeventfd, Ioregionfd, KvmRun};
@@ -160,13 +160,6 @@ impl Site<'_> {
                 bail!("carried by {} ({})", made.mechanism, made.reason);
             }
             assigned.push(made);
-        }
-        if row.direct {
-            let [fd] = <[_; 1]>::try_from(theirs.into_fds())
-                .map_err(|_| anyhow!("a wire of more than one descriptor"))?;
-            served.task = Some(Task::direct(fd, meter.clone(), self.pinning.device)?);
-            served.meter = Some(meter);
-            return Ok(served);
         }
         let end = DeviceEnd::new(theirs, Layout::default());
         let end = assigned

@@ -1,6 +1,5 @@
 //! Device tasks on a thread or in a process, and what threads cost.
 
-use std::fs::File;
 use std::io::{BufRead, BufReader, Read as _, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -9,11 +8,9 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 
 use anyhow::{Context, Result, anyhow, bail};
-use ioregion_abi::wire::{Command, Layout, Operation, Response};
 use ioregion_dispatch::server::{DeviceEnd, Stats, Stop, WaitPolicy, serve};
-use ioregion_dispatch::{Access, Device, handoff, wire};
+use ioregion_dispatch::{Device, handoff};
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{Pid, gettid};
@@ -182,32 +179,6 @@ impl Task {
         }))
     }
 
-    /// Serves `meter` on a thread on `cpu` without the library's server: it sleeps in `read`, and
-    /// ends when KVM or the VMM closes the other end.
-    pub fn direct(fd: OwnedFd, meter: Meter, cpu: Option<usize>) -> Result<Self> {
-        let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
-        fcntl(&fd, FcntlArg::F_SETFL(flags & !OFlag::O_NONBLOCK))?;
-        let (started, id) = mpsc::channel();
-        let mut device = meter.clone();
-        let handle = std::thread::Builder::new()
-            .name("device".into())
-            .spawn(move || {
-                pin(cpu)?;
-                let _ = started.send(gettid());
-                serve_direct(File::from(fd), &mut device)
-            })?;
-        let id = id
-            .recv()
-            .map_err(|_| anyhow!("the device task did not start"))?;
-        Ok(Self::Thread(Thread {
-            stop: Stop::new()?,
-            handle,
-            meter,
-            id,
-            polls: false,
-        }))
-    }
-
     /// Serves a device like [`Meter::new`]'s in a process on `cpu`.
     pub fn process(
         end: DeviceEnd,
@@ -350,35 +321,6 @@ pub fn device_process() -> Result<()> {
         answer(serde_json::to_string(&task.look(ends, &finals)?)?)?;
     }
     task.finish()
-}
-
-/// One `read` and one `write` for each command that is answered.
-fn serve_direct(mut file: File, device: &mut dyn Device) -> Result<Stats> {
-    let mut message = [0; wire::MESSAGE_LEN];
-    loop {
-        match file.read_exact(&mut message) {
-            Ok(()) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
-                return Ok(Stats::default());
-            }
-            Err(error) => return Err(error).context("reading a command"),
-        }
-        let command = Command::decode(&message, Layout::default())?;
-        let access = Access {
-            user_data: command.user_data,
-            offset: command.offset,
-            size: command.size,
-        };
-        let mut data = 0;
-        match command.operation {
-            Operation::Read => data = device.read(access),
-            Operation::Write => device.write(access, command.data),
-        }
-        if command.response {
-            let response = Response { data }.encode();
-            file.write_all(&response).context("responding")?;
-        }
-    }
 }
 
 /// Delivers what `end` holds, without a task.

@@ -225,8 +225,6 @@ pub struct Row {
     pub operation: Operation,
     /// Where the device runs.
     pub placement: Placement,
-    /// Whether the device task uses `read` and `write` and nothing else, not the library's server.
-    pub direct: bool,
     /// vCPUs that access at the same time.
     pub vcpus: u32,
     /// Which of them ring what.
@@ -369,13 +367,6 @@ impl Row {
         Self {
             vcpus: 2,
             queues,
-            ..self
-        }
-    }
-
-    const fn direct(self) -> Self {
-        Self {
-            direct: true,
             ..self
         }
     }

@@ -18,7 +18,6 @@ const FLOOR: Row = Row {
     wait: Wait::Sleep,
     operation: Posted,
     placement: Placement::Vcpu,
-    direct: false,
     vcpus: 1,
     queues: Queues::Shared,
     doorbells: 1,
@@ -163,10 +162,6 @@ pub const ROWS: &[Row] = &[
     STREAM
         .named("forward-stream/read/process", Read)
         .in_process(),
-    STREAM
-        .named("forward-stream-direct/read", Read)
-        .direct()
-        .tier(Mode::Full),
     SEQPACKET
         .named("forward-seqpacket/read", Read)
         .tier(Mode::Full),
@@ -189,9 +184,6 @@ pub const ROWS: &[Row] = &[
     NATIVE_MAILBOX
         .named("ioregionfd-mailbox/read", Read)
         .tier(Mode::Smoke),
-    NATIVE_MAILBOX
-        .named("ioregionfd-mailbox-direct/read", Read)
-        .direct(),
     NATIVE_MAILBOX
         .named("ioregionfd-mailbox/write", Write)
         .tier(Mode::Smoke),
