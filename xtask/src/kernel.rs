@@ -194,11 +194,7 @@ pub fn build(root: &Path, variant: Variant, args: &KernelArgs) -> Result<Built> 
     }
     let out = base.join(format!("{}-{}", variant.name(), key.short()));
     let built = Built {
-        what: format!(
-            "{} kernel {version}, {} patches",
-            variant.name(),
-            patches.len()
-        ),
+        what: format!("{} kernel {version}", variant.name()),
         image: out.join("bzImage"),
     };
     // A kernel appears as a whole, so looking for it needs no lock: nobody waits here while

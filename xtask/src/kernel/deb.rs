@@ -11,9 +11,10 @@ use crate::lock::Lock;
 use crate::sh::Cmd;
 
 /// What building packages needs beyond building kernels.
-const PACKAGES: [Package; 2] = [
+const PACKAGES: [Package; 3] = [
     Package::new("dpkg-buildpackage", "dpkg-dev", "building packages"),
     Package::new("dh", "debhelper", "building packages"),
+    Package::new("rsync", "rsync", "building packages"),
 ];
 
 /// What is changed in the distribution's configuration.
