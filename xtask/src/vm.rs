@@ -336,6 +336,8 @@ fn fill(initramfs: &mut Initramfs, root: &Path, args: &VmArgs) -> Result<()> {
             initramfs.file(&ebpf::object(root, log), path)?;
         }
         initramfs.env("IOREGION_BPF_OBJECT", OBJECT);
+        // All of them, for any kernel: what one of them needs differs from what all need, and
+        // would be built again.
         let packages = [&GUEST_PACKAGES[..], &VM_PACKAGES].concat();
         let suite = suite::build(root, &packages)?;
         for helper in &suite.helpers {
@@ -354,7 +356,8 @@ fn fill(initramfs: &mut Initramfs, root: &Path, args: &VmArgs) -> Result<()> {
         {
             bail!("no test program {unknown}; there are: {}", known.join(", "));
         }
-        for test in suite.tests.iter().filter(|test| args.chooses(&test.name)) {
+        let tests = suite.tests.iter();
+        for test in tests.filter(|test| args.chooses(&test.package, &test.name)) {
             let test_args = match test.name.as_str() {
                 suite::SELFTESTS => args.args.clone(),
                 _ => args.test_args(),

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use clap::{Args, Parser, ValueEnum};
 
+use super::VM_PACKAGES;
 use super::accelerator::Choice;
 use super::plants::Plant;
 
@@ -155,10 +156,12 @@ impl VmArgs {
         self.image.is_some() || self.kernel != KernelChoice::Stock
     }
 
-    /// Whether a test program runs.
-    pub fn chooses(&self, test: &str) -> bool {
+    /// Whether a test program of a package runs. Devices of the machine under test have nothing to
+    /// do with our patches: unless they are asked for they are tested on the packaged kernel only.
+    pub fn chooses(&self, package: &str, test: &str) -> bool {
+        let elsewhere = self.has_patches() && VM_PACKAGES.contains(&package);
         match self.tests.is_empty() {
-            true => self.full || !SELDOM.contains(&test),
+            true => self.full || !(elsewhere || SELDOM.contains(&test)),
             false => self.tests.iter().any(|name| name == test),
         }
     }
@@ -258,7 +261,7 @@ mod tests {
 
     #[test]
     fn seldom_tests_run_only_when_asked_for() {
-        let chooses = |line, test| parse(line).unwrap().chooses(test);
+        let chooses = |line, test| parse(line).unwrap().chooses("ioregion-conformance", test);
         assert!(chooses("", "order") && !chooses("", "accesses"));
         assert!(chooses("--full", "accesses") && chooses("--test accesses", "accesses"));
         assert!(!chooses("--test accesses", "order"));
@@ -272,6 +275,13 @@ mod tests {
         assert_eq!(plants("--plants --kernel debug").len(), 8);
         assert_eq!(plants("--plant panic"), [Plant::Panic]);
         assert!(parse("--plant panic --test order").is_err());
+    }
+
+    #[test]
+    fn devices_are_tested_on_the_packaged_kernel_or_when_they_are_asked_for() {
+        let devices = |line| parse(line).unwrap().chooses("ioregion", "vduse_blk");
+        assert!(devices("") && devices("--kernel patched --test vduse_blk"));
+        assert!(devices("--kernel patched --full") && !devices("--kernel patched"));
     }
 
     #[test]

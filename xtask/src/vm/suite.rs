@@ -20,6 +20,8 @@ pub const BENCH_DIR: &str = "target/vm-bench";
 pub struct TestProgram {
     /// The name of its file under `tests`, or `NAME-unit` for unit tests.
     pub name: String,
+    /// The package that it belongs to.
+    pub package: String,
     /// The executable.
     pub file: PathBuf,
 }
@@ -90,6 +92,7 @@ pub fn selftests(root: &Path) -> Result<TestProgram> {
         .run()?;
     Ok(TestProgram {
         name: SELFTESTS.into(),
+        package: SELFTESTS.into(),
         file: folder.join(SELFTEST_PROGRAM),
     })
 }
@@ -134,6 +137,12 @@ pub fn build(root: &Path, packages: &[&str]) -> Result<Suite> {
     Ok(suite)
 }
 
+/// The package that cargo means by `path+file:///FOLDER#NAME@VERSION`.
+fn package(id: &str) -> String {
+    let (_, rest) = id.rsplit_once('#').unwrap_or_default();
+    rest.split('@').next().unwrap_or_default().into()
+}
+
 /// The executables in cargo's messages.
 fn from_messages(messages: &str) -> Result<Suite> {
     let mut suite = Suite::default();
@@ -153,7 +162,12 @@ fn from_messages(messages: &str) -> Result<Suite> {
             "test" => name.into(),
             _ => format!("{name}-unit"),
         };
-        suite.tests.push(TestProgram { name, file });
+        let package = package(message["package_id"].as_str().unwrap_or_default());
+        suite.tests.push(TestProgram {
+            name,
+            package,
+            file,
+        });
     }
     suite.tests.sort_by(|one, other| one.name.cmp(&other.name));
     for pair in suite.tests.windows(2) {
@@ -170,7 +184,7 @@ mod tests {
 
     fn message(name: &str, kind: &str, test: bool, executable: &str) -> String {
         format!(
-            r#"{{"reason":"compiler-artifact","target":{{"name":"{name}","kind":["{kind}"]}},"profile":{{"test":{test}}},"executable":{executable}}}"#
+            r#"{{"reason":"compiler-artifact","package_id":"path+file:///w/p#pack@0.1.0","target":{{"name":"{name}","kind":["{kind}"]}},"profile":{{"test":{test}}},"executable":{executable}}}"#
         )
     }
 
@@ -188,6 +202,7 @@ mod tests {
         let suite = from_messages(&messages.join("\n")).unwrap();
         let names: Vec<&str> = suite.tests.iter().map(|test| test.name.as_str()).collect();
         assert_eq!(names, ["errors", "loader-unit", "order"]);
+        assert!(suite.tests.iter().all(|test| test.package == "pack"));
         assert_eq!(suite.helpers, [PathBuf::from("/t/loader")]);
     }
 
