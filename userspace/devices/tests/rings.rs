@@ -3,8 +3,9 @@
 mod support;
 
 use std::collections::BTreeMap;
+use std::sync::Mutex;
 
-use ioregion_devices::virtio::{Chain, Format, Position, Queue};
+use ioregion_devices::virtio::{Chain, Done, Format, Memory, MemoryError, Position, Queue};
 use proptest::prelude::*;
 use support::{BYTES, DATA, Flat, Range, driver, setup};
 
@@ -183,6 +184,88 @@ fn indices_wrap() {
                 })
                 .collect();
             play(format, 4, event_idx, &steps);
+        }
+    }
+}
+
+/// Keeps what memory looks like after every write of the device.
+struct Watched {
+    memory: Flat,
+    seen: Mutex<Vec<Vec<u8>>>,
+}
+
+impl Watched {
+    fn look(&self) {
+        let mut bytes = vec![0; BYTES];
+        self.memory.read(Flat::BASE, &mut bytes).unwrap();
+        self.seen.lock().unwrap().push(bytes);
+    }
+}
+
+impl Memory for Watched {
+    fn read(&self, addr: u64, into: &mut [u8]) -> Result<(), MemoryError> {
+        self.memory.read(addr, into)
+    }
+
+    fn write(&self, addr: u64, from: &[u8]) -> Result<(), MemoryError> {
+        self.memory.write(addr, from).map(|()| self.look())
+    }
+
+    fn load(&self, addr: u64) -> Result<u16, MemoryError> {
+        self.memory.load(addr)
+    }
+
+    fn store(&self, addr: u64, value: u16) -> Result<(), MemoryError> {
+        self.memory.store(addr, value).map(|()| self.look())
+    }
+}
+
+#[test]
+fn driver_sees_all_or_none_of_what_is_given_back_together() {
+    const GROUP: usize = 3;
+    for format in [Format::Split, Format::Packed] {
+        let setup = setup(format, 4, false);
+        let watched = Watched {
+            memory: Flat::new(BYTES),
+            seen: Mutex::default(),
+        };
+        let ranges = [(DATA, 8, true)];
+        let mut queue = Queue::new(&watched, &setup, Position::start(format)).unwrap();
+        let mut real = driver(&setup);
+        // Several turns of the ring.
+        for round in 0..8 {
+            let group: Vec<Done> = (0..GROUP)
+                .map(|_| {
+                    real.add(&watched.memory, &ranges, false).unwrap();
+                    let chain = queue.pop(&watched).unwrap().unwrap();
+                    Done { chain, written: 8 }
+                })
+                .collect();
+            watched.seen.lock().unwrap().clear();
+            queue.push_all(&watched, group).unwrap();
+            let seen: Vec<usize> = (watched.seen.lock().unwrap().iter())
+                .map(|bytes| {
+                    // A driver of the same history looks at this moment's memory.
+                    let history = Flat::new(BYTES);
+                    let mut queue = Queue::new(&history, &setup, Position::start(format)).unwrap();
+                    let mut other = driver(&setup);
+                    for past in 0..=round {
+                        for _ in 0..GROUP {
+                            other.add(&history, &ranges, false).unwrap();
+                            let chain = queue.pop(&history).unwrap().unwrap();
+                            if past < round {
+                                queue.push(&history, chain, 8).unwrap();
+                                assert_eq!(other.collect(&history).len(), 1);
+                            }
+                        }
+                    }
+                    other.collect(&Flat::from_bytes(bytes.clone())).len()
+                })
+                .collect();
+            let (last, before) = seen.split_last().unwrap();
+            assert_eq!(*last, GROUP);
+            assert!(before.len() >= GROUP && before.iter().all(|&count| count == 0));
+            assert_eq!(real.collect(&watched.memory).len(), GROUP);
         }
     }
 }

@@ -194,29 +194,29 @@ impl<P: Port> Worker<P> {
             progress = true;
             self.check_stopped()?;
             if let Some(done) = lane.submit(chain, &self.session)? {
-                self.give_back(queue, done)?;
-                self.notify(queue)?;
+                self.give_back(queue, [done])?;
             }
         }
         lane.flush()?;
-        let mut finished = false;
+        let mut finished = Vec::new();
         while let Some(done) = lane.finished(&self.session)? {
-            finished = true;
-            self.give_back(queue, done)?;
+            finished.push(done);
         }
-        if finished {
-            self.notify(queue)?;
+        if !finished.is_empty() {
+            progress = true;
+            self.give_back(queue, finished)?;
         }
-        Ok(progress || finished)
+        Ok(progress)
     }
 
-    fn give_back(&self, queue: &mut Queue, done: Done) -> Result<(), End> {
-        queue.push(&self.session, done.chain, done.written)?;
+    /// Gives requests back, all at once, and tells the driver where it wants to hear of it.
+    fn give_back(
+        &self,
+        queue: &mut Queue,
+        done: impl IntoIterator<Item = Done>,
+    ) -> Result<(), End> {
+        queue.push_all(&self.session, done)?;
         self.note(queue);
-        Ok(())
-    }
-
-    fn notify(&self, queue: &mut Queue) -> Result<(), End> {
         if queue.must_notify(&self.session)? {
             self.interrupt()?;
         }

@@ -79,7 +79,8 @@ pub trait Lane {
         Ok(())
     }
 
-    /// A request that was finished since it was submitted.
+    /// A request that was finished since it was submitted. The driver sees at once all that are
+    /// returned in a row, up to `None`.
     ///
     /// # Errors
     ///

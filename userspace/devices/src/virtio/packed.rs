@@ -58,6 +58,9 @@ pub(super) struct Packed {
     event_idx: bool,
     avail: Place,
     used: Place,
+    /// Where the flags of the first used descriptor that the driver cannot see yet belong, and
+    /// they: the driver looks no further than there.
+    staged: Option<(u64, u16)>,
     /// Descriptors that were used since the driver was last looked at.
     unnotified: u32,
     /// Descriptors of requests in flight.
@@ -95,6 +98,7 @@ impl Packed {
             event_idx: setup.event_idx,
             avail,
             used,
+            staged: None,
             unnotified: 0,
             slots,
             in_flight: InFlight::new(size),
@@ -161,7 +165,8 @@ impl Packed {
         Err(Broken::Loop)
     }
 
-    pub(super) fn push(
+    /// Gives a request back, which the driver sees after [`publish`](Self::publish).
+    pub(super) fn stage(
         &mut self,
         memory: &dyn Memory,
         chain: &Chain,
@@ -180,9 +185,19 @@ impl Packed {
         self.used.advance(chain.slots, self.layout.size);
         self.unnotified = self.unnotified.saturating_add(chain.slots.into());
         self.slots = self.slots.saturating_sub(chain.slots);
-        // Before the store: from then on the driver may use the name again.
         self.in_flight.give_back(chain.id);
-        memory.store(at + FLAGS, flags)?;
+        match self.staged {
+            None => self.staged = Some((at + FLAGS, flags)),
+            Some(_) => memory.store(at + FLAGS, flags)?,
+        }
+        Ok(())
+    }
+
+    pub(super) fn publish(&mut self, memory: &dyn Memory) -> Result<(), Broken> {
+        if let Some((at, flags)) = self.staged.take() {
+            // From here on the driver may use the names again.
+            memory.store(at, flags)?;
+        }
         Ok(())
     }
 

@@ -1,6 +1,7 @@
 //! A queue in either format, and why one is broken.
 
 use super::chain::Chain;
+use super::device::Done;
 use super::memory::{Memory, MemoryError};
 use super::packed::Packed;
 use super::split::Split;
@@ -203,10 +204,30 @@ impl Queue {
     ///
     /// Where the queue's memory is gone.
     pub fn push(&mut self, memory: &dyn Memory, chain: Chain, written: u32) -> Result<(), Broken> {
-        let written = written.min(chain.writable_len());
+        self.push_all(memory, [Done { chain, written }])
+    }
+
+    /// Gives requests back in this order. The driver sees all of them at once: of buffers that
+    /// hold parts of one packet it must never see only some.
+    ///
+    /// # Errors
+    ///
+    /// As [`push`](Self::push).
+    pub fn push_all(
+        &mut self,
+        memory: &dyn Memory,
+        all: impl IntoIterator<Item = Done>,
+    ) -> Result<(), Broken> {
+        for Done { chain, written } in all {
+            let written = written.min(chain.writable_len());
+            match &mut self.0 {
+                Inner::Split(queue) => queue.stage(memory, &chain, written)?,
+                Inner::Packed(queue) => queue.stage(memory, &chain, written)?,
+            }
+        }
         match &mut self.0 {
-            Inner::Split(queue) => queue.push(memory, &chain, written),
-            Inner::Packed(queue) => queue.push(memory, &chain, written),
+            Inner::Split(queue) => queue.publish(memory),
+            Inner::Packed(queue) => queue.publish(memory),
         }
     }
 

@@ -128,7 +128,8 @@ impl Split {
         Err(Broken::Loop)
     }
 
-    pub(super) fn push(
+    /// Gives a request back, which the driver sees after [`publish`](Self::publish).
+    pub(super) fn stage(
         &mut self,
         memory: &dyn Memory,
         chain: &Chain,
@@ -140,8 +141,12 @@ impl Split {
         entry[4..].copy_from_slice(&written.to_le_bytes());
         memory.write(self.layout.device + ENTRIES + 8 * slot, &entry)?;
         self.next_used = self.next_used.wrapping_add(1);
-        // Before the store: from then on the driver may use the name again.
         self.in_flight.give_back(chain.id);
+        Ok(())
+    }
+
+    pub(super) fn publish(&mut self, memory: &dyn Memory) -> Result<(), Broken> {
+        // From here on the driver may use the names again.
         memory.store(self.layout.device + INDEX, self.next_used)?;
         Ok(())
     }
