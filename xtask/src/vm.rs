@@ -44,7 +44,7 @@ pub const VM_PACKAGES: [&str; 1] = ["ioregion"];
 
 /// Modules of a kernel that has KVM, network devices and vDPA as modules; of the two makes of CPU
 /// one refuses to load.
-const MODULES: [&str; 8] = [
+const MODULES: [&str; 9] = [
     "kvm_amd",
     "kvm_intel",
     "veth",
@@ -54,6 +54,7 @@ const MODULES: [&str; 8] = [
     "virtio_vdpa",
     "vhost_vdpa",
     "virtio_blk",
+    "virtio_net",
 ];
 
 /// Programs of this machine that tests start.

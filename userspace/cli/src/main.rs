@@ -53,16 +53,44 @@ mod tests {
     #[test]
     fn help_of_each_device_has_an_example() {
         let mut command = Cli::command();
-        let blk = command
-            .find_subcommand_mut("vduse")
-            .and_then(|vduse| vduse.find_subcommand_mut("blk"));
-        let help = blk.unwrap().render_long_help().to_string();
-        let example = help
-            .lines()
-            .find_map(|line| line.trim().strip_prefix("ioregion "))
-            .unwrap();
-        let words = std::iter::once("ioregion").chain(example.split_whitespace());
-        Cli::try_parse_from(words).unwrap();
+        let vduse = command.find_subcommand_mut("vduse").unwrap();
+        for device in vduse.get_subcommands_mut() {
+            let help = device.render_long_help().to_string();
+            let example = help
+                .lines()
+                .find_map(|line| line.trim().strip_prefix("ioregion "))
+                .unwrap();
+            let words = std::iter::once("ioregion").chain(example.split_whitespace());
+            Cli::try_parse_from(words).unwrap();
+        }
+    }
+
+    #[test]
+    fn network_devices_want_an_address_of_an_interface_and_room_for_large_packets() {
+        let parse = |option: &str, value: &str| {
+            let line = ["ioregion", "vduse", "net", "--name", "x", "--tap", "y"];
+            Cli::try_parse_from(line.into_iter().chain([option, value]))
+        };
+        for (option, value, fine) in [
+            ("--mac", "52:54:00:12:34:56", true),
+            ("--mac", "01:00:5e:00:00:01", false),
+            ("--mac", "52:54:00:12:34", false),
+            ("--queue-size", "64", true),
+            ("--queue-size", "1024", true),
+            ("--queue-size", "32", false),
+            ("--queue-size", "100", false),
+            ("--queue-size", "2048", false),
+            ("--without", "offloads", true),
+            ("--without", "mergeable-buffers", true),
+            ("--without", "packets", false),
+        ] {
+            let parsed = parse(option, value);
+            assert_eq!(parsed.is_ok(), fine, "{option} {value}");
+            // Why not is said, with what would be right.
+            if let Err(error) = parsed {
+                assert!(error.to_string().contains(value), "{error}");
+            }
+        }
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! `ioregion vduse`: make a device, attach it, serve it, and remove it again.
 
+mod net;
+
 use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -26,6 +28,14 @@ pub(crate) enum Command {
         after_help = "Example:\n  ioregion vduse blk --name disk0 --image disk.img --queues 2"
     )]
     Blk(BlkArgs),
+    /// A network interface over a TAP device
+    ///
+    /// Makes the device, puts it on the vDPA bus and serves it until SIGTERM or SIGINT, which
+    /// take it off the bus and remove it. What the interface sends comes out of the TAP device,
+    /// and the other way round. With the module virtio_vdpa loaded it becomes an interface of
+    /// this machine, with vhost_vdpa one for a VMM (/dev/vhost-vdpa-0).
+    #[command(after_help = "Example:\n  ioregion vduse net --name net0 --tap tap0")]
+    Net(net::NetArgs),
 }
 
 #[derive(Debug, Args)]
@@ -61,7 +71,13 @@ fn queue_size(text: &str) -> Result<u16, String> {
 }
 
 pub(crate) fn run(command: &Command) -> Result<()> {
-    let Command::Blk(args) = command;
+    match command {
+        Command::Blk(args) => blk(args),
+        Command::Net(args) => net::run(args),
+    }
+}
+
+fn blk(args: &BlkArgs) -> Result<()> {
     let options = Options {
         read_only: args.read_only,
         queues: args.queues,
