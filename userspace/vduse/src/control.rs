@@ -11,6 +11,9 @@ use ioregion_abi::vduse::{
     VDUSE_SET_FEATURES,
 };
 
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use virtio_bindings::virtio_net::VIRTIO_NET_F_CTRL_VQ;
+
 use crate::error::Error;
 use crate::sys;
 
@@ -116,13 +119,22 @@ impl Control {
     /// # Errors
     ///
     /// What is wrong with the configuration, or what the kernel says: `EEXIST` for a name that
-    /// is taken, `EINVAL` for features that it does not allow.
+    /// is taken, `EINVAL` for features that it does not allow, such as the control queue of
+    /// network devices, which would let the kernel wait for user space.
     pub fn create(&self, config: &DeviceConfig) -> Result<(), Error> {
         let request = encode(config, self.version)?;
         sys::pass_bytes(self.file.as_fd(), VDUSE_CREATE_DEV, &request).map_err(|error| {
+            let what = match error.raw_os_error() {
+                // The kernel says no more than that something is wrong.
+                Some(libc::EINVAL) if wants_control_queue(config) => {
+                    "making it with a control queue (VIRTIO_NET_F_CTRL_VQ), which the kernel \
+                     allows no VDUSE device"
+                }
+                _ => "making it",
+            };
             Error::Kernel {
                 name: config.name.clone(),
-                what: "making it",
+                what,
                 error,
             }
         })
@@ -152,6 +164,10 @@ impl Control {
 /// Why not, with the remedy.
 pub fn available() -> Result<(), Error> {
     Control::open().map(drop)
+}
+
+fn wants_control_queue(config: &DeviceConfig) -> bool {
+    config.device_id == VIRTIO_ID_NET && config.features & 1 << VIRTIO_NET_F_CTRL_VQ != 0
 }
 
 /// A name as the kernel wants it.
