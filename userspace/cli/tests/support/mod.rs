@@ -1,6 +1,8 @@
 //! A running service, and its disk.
 #![allow(dead_code, reason = "each test program uses a part")]
 
+pub mod net;
+
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
