@@ -9,15 +9,26 @@
 //! arrives after, is found out by the table's epoch, which every taking back moves, and thrown
 //! away. Whoever works for a driver that has reset the device holds a [`Session`] of a generation
 //! that has passed, and reaches nothing any more.
+//!
+//! Memory that is pinned ([`Memory::pin`]) is in the kernel's hands until the pin is dropped, so
+//! taking it back waits for that, for as long as it is told. Storage that hangs can take longer.
+//! Then ([`StillPinned`]) inaccessible memory is put in the place of the mapping, so that no copy
+//! which the kernel makes later can reach the driver's memory. What remains is storage that was
+//! given the pages themselves (direct I/O) and has not answered: whoever took the memory back has
+//! to be told that it is not free, as with any disk that does not stop.
+
+mod pinned;
 
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::{Duration, Instant};
 
-use ioregion_devices::virtio::{Memory, MemoryError};
+use ioregion_devices::virtio::{Access, MAX_RANGES, Memory, MemoryError, Pin};
 
 use crate::sys::Mapping;
+use pinned::Pinned;
 
 /// How often an access looks again after memory was taken back between fetching and using it.
 const TRIES: u32 = 16;
@@ -54,13 +65,22 @@ struct Cached {
     last: u64,
     read: bool,
     write: bool,
-    mapping: Mapping,
+    pinned: Arc<Pinned>,
+}
+
+/// A mapping that is no longer found, but was pinned when it was removed.
+#[derive(Debug)]
+struct Retired {
+    first: u64,
+    last: u64,
+    pinned: Arc<Pinned>,
 }
 
 #[derive(Debug, Default)]
 struct Table {
     /// By first address; they do not overlap.
     regions: BTreeMap<u64, Cached>,
+    retired: Vec<Retired>,
     /// Moves whenever memory is taken back.
     epoch: u64,
     /// Moves whenever the driver resets the device.
@@ -73,11 +93,41 @@ impl Table {
         (addr <= cached.last).then_some((first, cached))
     }
 
+    /// Removes the regions that overlap these addresses. Those that are pinned retire: nobody
+    /// can find and pin them any more.
     fn remove(&mut self, first: u64, last: u64) {
-        self.epoch += 1;
-        self.regions
-            .retain(|&start, cached| cached.last < first || last < start);
+        let retired = &mut self.retired;
+        retired.retain(|retired| retired.pinned.is_pinned());
+        self.regions.retain(|&start, cached| {
+            let stays = cached.last < first || last < start;
+            if !stays && cached.pinned.is_pinned() {
+                retired.push(Retired {
+                    first: start,
+                    last: cached.last,
+                    pinned: Arc::clone(&cached.pinned),
+                });
+            }
+            stays
+        });
     }
+
+    /// What is still pinned at these addresses although it was removed.
+    fn held(&self, first: u64, last: u64) -> Vec<Arc<Pinned>> {
+        let held = self.retired.iter();
+        let held = held.filter(|held| first <= held.last && held.first <= last);
+        held.map(|held| Arc::clone(&held.pinned)).collect()
+    }
+}
+
+/// Memory that was taken back while the kernel uses it, for longer than could be waited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "requests to the device's files that have not ended hold {mappings} regions of the driver's \
+     memory; the storage below hangs"
+)]
+pub struct StillPinned {
+    /// How many regions.
+    pub mappings: usize,
 }
 
 /// The mapped part of the driver's memory.
@@ -85,13 +135,6 @@ impl Table {
 pub struct Iotlb<S> {
     source: S,
     table: RwLock<Table>,
-}
-
-/// What an access does with a piece of memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Access {
-    Read,
-    Write,
 }
 
 impl<S: Source> Iotlb<S> {
@@ -117,15 +160,36 @@ impl<S: Source> Iotlb<S> {
     }
 
     /// Forgets the regions that overlap these addresses. When this returns, nobody touches them.
-    pub fn update(&self, first: u64, last: u64) {
-        self.alone().remove(first, last);
+    ///
+    /// # Errors
+    ///
+    /// What is still pinned after `limit`. No copy reaches it any more; direct I/O may.
+    pub fn update(&self, first: u64, last: u64, limit: Duration) -> Result<(), StillPinned> {
+        let until = Instant::now() + limit;
+        let held = {
+            let mut table = self.alone();
+            table.epoch += 1;
+            table.remove(first, last);
+            table.held(first, last)
+        };
+        wait(&held, until)
     }
 
     /// Forgets everything and ends all sessions.
-    pub fn close(&self) {
-        let mut table = self.alone();
-        table.remove(0, u64::MAX);
-        table.generation += 1;
+    ///
+    /// # Errors
+    ///
+    /// As [`update`](Self::update). Sessions have ended in any case.
+    pub fn close(&self, limit: Duration) -> Result<(), StillPinned> {
+        let until = Instant::now() + limit;
+        let held = {
+            let mut table = self.alone();
+            table.generation += 1;
+            table.epoch += 1;
+            table.remove(0, u64::MAX);
+            table.held(0, u64::MAX)
+        };
+        wait(&held, until)
     }
 
     /// How many regions are mapped.
@@ -151,7 +215,7 @@ impl<S: Source> Iotlb<S> {
         addr: u64,
         len: u64,
         access: Access,
-        act: &mut dyn FnMut(&Mapping, u64, u64),
+        act: &mut dyn FnMut(&Arc<Pinned>, u64, u64),
     ) -> Result<u64, MemoryError> {
         for _ in 0..TRIES {
             let table = self.shared();
@@ -171,8 +235,8 @@ impl<S: Source> Iotlb<S> {
                 }
                 // One less than the bytes up to the region's end, which may be 2^64.
                 let here = (len - 1).min(cached.last - addr) + 1;
-                act(&cached.mapping, addr - first, here);
-                if !cached.mapping.vanished() {
+                act(&cached.pinned, addr - first, here);
+                if !cached.pinned.mapping.vanished() {
                     return Ok(here);
                 }
                 drop(table);
@@ -212,14 +276,12 @@ impl<S: Source> Iotlb<S> {
         // Another thread may have been faster, with the same region.
         if table.epoch == epoch && table.find(addr).is_none() {
             // What overlaps without covering the address is from before the kernel changed it.
-            table
-                .regions
-                .retain(|&start, cached| cached.last < first || last < start);
+            table.remove(first, last);
             let cached = Cached {
                 last,
                 read,
                 write,
-                mapping,
+                pinned: Pinned::new(mapping),
             };
             table.regions.insert(first, cached);
         }
@@ -230,6 +292,7 @@ impl<S: Source> Iotlb<S> {
     fn forget(&self, addr: u64, epoch: u64) {
         let mut table = self.alone();
         if table.epoch == epoch {
+            table.epoch += 1;
             table.remove(addr, addr);
         }
     }
@@ -240,7 +303,7 @@ impl<S: Source> Iotlb<S> {
         addr: u64,
         len: usize,
         access: Access,
-        mut act: impl FnMut(&Mapping, u64, std::ops::Range<usize>),
+        mut act: impl FnMut(&Arc<Pinned>, u64, std::ops::Range<usize>),
     ) -> Result<(), MemoryError> {
         let len = len as u64;
         if len > 0 && addr.checked_add(len - 1).is_none() {
@@ -248,9 +311,9 @@ impl<S: Source> Iotlb<S> {
         }
         let mut done = 0;
         while done < len {
-            let mut copy = |mapping: &Mapping, offset, here: u64| {
+            let mut copy = |pinned: &Arc<Pinned>, offset, here: u64| {
                 // Parts of `len`, which came from a usize.
-                act(mapping, offset, done as usize..(done + here) as usize);
+                act(pinned, offset, done as usize..(done + here) as usize);
             };
             done += self.piece(generation, addr + done, len - done, access, &mut copy)?;
         }
@@ -285,21 +348,25 @@ impl<S> Clone for Session<S> {
 impl<S: Source> Memory for Session<S> {
     fn read(&self, addr: u64, into: &mut [u8]) -> Result<(), MemoryError> {
         let (generation, len) = (self.generation, into.len());
-        let copy = |mapping: &Mapping, offset, part| mapping.read(offset, &mut into[part]);
+        let copy = |pinned: &Arc<Pinned>, offset, part| {
+            pinned.mapping.read(offset, &mut into[part]);
+        };
         self.iotlb.pieces(generation, addr, len, Access::Read, copy)
     }
 
     fn write(&self, addr: u64, from: &[u8]) -> Result<(), MemoryError> {
         let (generation, len) = (self.generation, from.len());
-        let copy = |mapping: &Mapping, offset, part| mapping.write(offset, &from[part]);
+        let copy = |pinned: &Arc<Pinned>, offset, part| {
+            pinned.mapping.write(offset, &from[part]);
+        };
         self.iotlb
             .pieces(generation, addr, len, Access::Write, copy)
     }
 
     fn load(&self, addr: u64) -> Result<u16, MemoryError> {
         let mut value = None;
-        let act = &mut |mapping: &Mapping, offset, here| {
-            value = (here == 2).then(|| mapping.load(offset)).flatten();
+        let act = &mut |pinned: &Arc<Pinned>, offset, here| {
+            value = (here == 2).then(|| pinned.mapping.load(offset)).flatten();
         };
         self.iotlb
             .piece(self.generation, addr, 2, Access::Read, act)?;
@@ -308,12 +375,50 @@ impl<S: Source> Memory for Session<S> {
 
     fn store(&self, addr: u64, value: u16) -> Result<(), MemoryError> {
         let mut done = None;
-        let act = &mut |mapping: &Mapping, offset, here| {
-            done = (here == 2).then(|| mapping.store(offset, value)).flatten();
+        let act = &mut |pinned: &Arc<Pinned>, offset, here| {
+            let store = || pinned.mapping.store(offset, value);
+            done = (here == 2).then(store).flatten();
         };
         self.iotlb
             .piece(self.generation, addr, 2, Access::Write, act)?;
         done.ok_or(MemoryError::Misaligned { addr })
+    }
+
+    fn pin(
+        &self,
+        ranges: &mut dyn Iterator<Item = (u64, usize)>,
+        access: Access,
+    ) -> Result<Option<Pin>, MemoryError> {
+        let mut pin = Pin::new();
+        for (addr, len) in ranges {
+            let add = |pinned: &Arc<Pinned>, offset, part: std::ops::Range<usize>| {
+                pinned.pin();
+                let start = pinned.mapping.address(offset, part.len());
+                let hold = Arc::clone(pinned) as _;
+                // SAFETY: The mapping stays as long as the pin's share of it, and all access to
+                // it is by volatile and atomic copies.
+                unsafe { pin.add(start, part.len(), hold) };
+            };
+            self.iotlb.pieces(self.generation, addr, len, access, add)?;
+            if pin.ranges().len() > MAX_RANGES {
+                return Ok(None);
+            }
+        }
+        Ok(Some(pin))
+    }
+}
+
+/// Waits for mappings that were removed, and cuts those off that are in use at the end.
+fn wait(held: &[Arc<Pinned>], until: Instant) -> Result<(), StillPinned> {
+    let still: Vec<_> = held.iter().filter(|held| !held.wait(until)).collect();
+    for held in &still {
+        if let Err(error) = held.mapping.cut() {
+            tracing::error!(%error, "memory that was taken back stays mapped");
+        }
+    }
+    match still.len() {
+        0 => Ok(()),
+        mappings => Err(StillPinned { mappings }),
     }
 }
 

@@ -63,7 +63,7 @@ mod worker;
 
 pub use control::{Control, DeviceConfig, available};
 pub use error::Error;
-pub use iotlb::{Iotlb, Region, Session, Source};
+pub use iotlb::{Iotlb, Region, Session, Source, StillPinned};
 pub use message::{Answer, BadRequest, Request, decode, encode};
 pub use port::{DeviceFile, Port};
 pub use service::{Service, ServiceOptions, offered};

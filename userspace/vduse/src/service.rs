@@ -5,6 +5,8 @@
 //! device, its memory is closed at once ([`Iotlb::close`]); the queues' threads get some time to
 //! finish, and one that does not (a file that hangs) is left behind. It reaches neither the
 //! driver's memory nor the driver, and the threads of the next driver wait until it has ended.
+//! Where the kernel may still access the driver's memory for such a file, the reset, or the
+//! request that took memory back, is refused: see [`crate::StillPinned`].
 
 use std::io;
 use std::os::fd::AsFd as _;
@@ -23,7 +25,7 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use crate::error::Error;
-use crate::iotlb::{Iotlb, Region, Source};
+use crate::iotlb::{Iotlb, Region, Source, StillPinned};
 use crate::message::{Answer, Request, decode, encode};
 use crate::port::Port;
 use crate::status::{Status, Step};
@@ -37,8 +39,9 @@ const NEEDED: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_F_ACCESS_PLATFORM;
 pub struct ServiceOptions {
     /// Offer packed queues, too.
     pub packed: bool,
-    /// How long a reset waits for the queues' threads. Far below the kernel's message timeout
-    /// (30 s unless it was changed).
+    /// How long a reset waits for the queues' threads, and whoever takes memory back for requests
+    /// that use it. Twice that is far below the kernel's message timeout (30 s unless it was
+    /// changed).
     pub grace: Duration,
 }
 
@@ -117,7 +120,8 @@ impl Service {
             .name(format!("{name}-messages"))
             .spawn(move || {
                 let result = messages.run();
-                messages.quiesce();
+                // The kernel asks nothing any more, and the worker that has the memory stays.
+                let _ = messages.quiesce();
                 // Full is as good.
                 let _ = tell.write(1);
                 result
@@ -296,8 +300,8 @@ impl<P: Port + 'static> Messages<P> {
     fn handle(&mut self, request: Request) -> Answer {
         match request {
             Request::UpdateIotlb { first, last, .. } => {
-                self.iotlb.update(first, last);
-                Answer::Done
+                let taken = self.iotlb.update(first, last, self.options.grace);
+                self.taken_back(taken)
             }
             Request::SetStatus { status } => self.set_status(status),
             Request::GetVqState { queue } => match self.position(queue) {
@@ -361,14 +365,15 @@ impl<P: Port + 'static> Messages<P> {
         match self.status.write(bits, features, check) {
             Ok(Step::Noted) => Answer::Done,
             Ok(Step::Reset) => {
-                self.quiesce();
-                Answer::Done
+                let taken = self.quiesce();
+                self.taken_back(taken)
             }
             Ok(Step::Start(features)) => match self.start_queues(features) {
                 Ok(()) => Answer::Done,
                 Err(error) => {
                     tracing::error!(device = self.name, %error, "queues cannot be served");
-                    self.quiesce();
+                    // No queue has begun a request.
+                    let _ = self.quiesce();
                     self.status.undo(before);
                     Answer::Refused
                 }
@@ -414,9 +419,19 @@ impl<P: Port + 'static> Messages<P> {
         Ok(())
     }
 
+    /// The answer where memory was taken back: refused while it is not free.
+    fn taken_back(&self, taken: Result<(), StillPinned>) -> Answer {
+        match taken {
+            Ok(()) => Answer::Done,
+            Err(error) => {
+                tracing::error!(device = self.name, %error, "memory is not given back");
+                Answer::Refused
+            }
+        }
+    }
+
     /// Ends the queues' threads and takes the driver's memory away from them.
-    fn quiesce(&mut self) {
-        self.iotlb.close();
+    fn quiesce(&mut self) -> Result<(), StillPinned> {
         let queues = {
             let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
             std::mem::take(&mut *queues)
@@ -424,6 +439,8 @@ impl<P: Port + 'static> Messages<P> {
         for shared in &queues {
             shared.end();
         }
+        // They have been told: requests that are under way are cancelled.
+        let taken = self.iotlb.close(self.options.grace);
         if let Some(running) = self.running.last()
             && !running.wait(self.options.grace)
         {
@@ -434,5 +451,6 @@ impl<P: Port + 'static> Messages<P> {
                 "a request to a file goes on after the driver's reset"
             );
         }
+        taken
     }
 }

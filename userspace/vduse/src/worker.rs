@@ -206,6 +206,8 @@ impl<P: Port> Worker<P> {
             progress = true;
             self.give_back(queue, finished)?;
         }
+        // What finished in part goes on.
+        lane.flush()?;
         Ok(progress)
     }
 

@@ -1,6 +1,7 @@
 //! Requests as drivers describe them: lists of memory ranges.
 
 use super::memory::{Memory, MemoryError};
+use super::pin::{Access, Pin};
 use super::queue::Broken;
 
 /// The most ranges of one request. Far more than drivers use (Linux: 128 for a disk), and few
@@ -97,6 +98,36 @@ impl Chain {
             rest = tail;
         }
         Ok(())
+    }
+
+    /// Pins `len` bytes of the readable part, `offset` bytes into it, for the kernel to read.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`](Self::read).
+    pub fn pin_readable(
+        &self,
+        memory: &dyn Memory,
+        offset: u32,
+        len: u32,
+    ) -> Result<Option<Pin>, MemoryError> {
+        let mut ranges = pieces(self.readable(), offset, len as usize)?;
+        memory.pin(&mut ranges, Access::Read)
+    }
+
+    /// Pins `len` bytes of the writable part, `offset` bytes into it, for the kernel to write.
+    ///
+    /// # Errors
+    ///
+    /// As [`write`](Self::write).
+    pub fn pin_writable(
+        &self,
+        memory: &dyn Memory,
+        offset: u32,
+        len: u32,
+    ) -> Result<Option<Pin>, MemoryError> {
+        let mut ranges = pieces(self.writable(), offset, len as usize)?;
+        memory.pin(&mut ranges, Access::Write)
     }
 }
 

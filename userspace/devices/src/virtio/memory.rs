@@ -1,9 +1,12 @@
 //! The driver's memory as a device sees it.
 
+use super::pin::{Access, Pin};
+
 /// Memory that a driver shares with a device, by the addresses that the driver uses.
 ///
 /// The driver writes it at any time and may take parts of it away at any time: nothing is ever
-/// borrowed from it, every access copies, and every access can fail.
+/// borrowed from it, every access copies, and every access can fail. Only the kernel gets at it
+/// without a copy, by what [`pin`](Self::pin) hands out.
 pub trait Memory: Sync {
     /// Copies out of the driver's memory.
     ///
@@ -32,6 +35,21 @@ pub trait Memory: Sync {
     ///
     /// As [`write`](Self::write), and for an odd address.
     fn store(&self, addr: u64, value: u16) -> Result<(), MemoryError>;
+
+    /// Keeps ranges (addresses and bytes) mapped for the kernel. Nothing where that is not
+    /// possible with this memory or with so many ranges: then there is copying.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`](Self::read) and [`write`](Self::write).
+    fn pin(
+        &self,
+        ranges: &mut dyn Iterator<Item = (u64, usize)>,
+        access: Access,
+    ) -> Result<Option<Pin>, MemoryError> {
+        let _ = (ranges, access);
+        Ok(None)
+    }
 }
 
 /// Why memory cannot be reached.

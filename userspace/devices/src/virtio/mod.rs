@@ -4,10 +4,12 @@ mod chain;
 mod device;
 mod memory;
 mod packed;
+mod pin;
 mod queue;
 mod split;
 
 pub use chain::{Chain, MAX_SEGMENTS, Segment};
 pub use device::{AtOnce, Device, Done, Lane, Refusal};
 pub use memory::{Memory, MemoryError};
+pub use pin::{Access, Hold, MAX_RANGES, Pin};
 pub use queue::{Broken, Format, Layout, Position, Queue, Setup};

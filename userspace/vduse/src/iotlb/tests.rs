@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use proptest::prelude::*;
 
 const PAGE: u64 = 4096;
+/// Far more than anything here takes.
+const LONG: Duration = Duration::from_secs(60);
 
 /// A file in memory, of `len` bytes.
 fn file(len: u64) -> File {
@@ -88,14 +90,14 @@ fn regions_are_mapped_once_when_touched_and_again_after_an_update() {
     read(&session, 2 * PAGE, 1).unwrap();
     assert_eq!(kernel.fetched.load(Ordering::Relaxed), 3);
     // One byte of the second region.
-    iotlb.update(2 * PAGE - 1, 2 * PAGE - 1);
+    iotlb.update(2 * PAGE - 1, 2 * PAGE - 1, LONG).unwrap();
     assert_eq!(iotlb.regions(), 2);
     assert_eq!(read(&session, PAGE - 2, 4).unwrap(), [1, 2, 3, 4]);
     assert_eq!(kernel.fetched.load(Ordering::Relaxed), 4);
     // Between regions that stay, and beyond them.
-    iotlb.update(4 * PAGE, u64::MAX);
+    iotlb.update(4 * PAGE, u64::MAX, LONG).unwrap();
     assert_eq!(iotlb.regions(), 3);
-    iotlb.update(0, u64::MAX);
+    iotlb.update(0, u64::MAX, LONG).unwrap();
     assert_eq!(iotlb.regions(), 0);
 }
 
@@ -134,7 +136,7 @@ fn permissions_are_kept() {
     assert_eq!(session.store(4, 1), refused);
     iotlb.source().regions.lock().unwrap()[0].2 = false;
     iotlb.source().regions.lock().unwrap()[0].3 = true;
-    iotlb.update(0, 0);
+    iotlb.update(0, 0, LONG).unwrap();
     assert_eq!(session.write(4, &[1]), Ok(()));
     let refused = MemoryError::NotReadable { addr: 4 };
     assert_eq!(read(&session, 4, 1), Err(refused));
@@ -186,7 +188,7 @@ fn sessions_end_with_the_reset_that_follows_them() {
     iotlb.source().add(0, PAGE, true, true, &file(PAGE), 0);
     let session = iotlb.session();
     session.write(0, &[1]).unwrap();
-    iotlb.close();
+    iotlb.close(LONG).unwrap();
     assert!(!session.is_open());
     assert_eq!(read(&session, 0, 1), Err(MemoryError::Closed));
     assert_eq!(session.write(0, &[1]), Err(MemoryError::Closed));
@@ -254,7 +256,7 @@ fn what_was_taken_back_is_never_seen_again() {
             .collect();
         for number in 1..2000 {
             *iotlb.source().regions.lock().unwrap() = numbered(number);
-            iotlb.update(0, PAGE - 1);
+            iotlb.update(0, PAGE - 1, LONG).unwrap();
             taken_back.store(number, Ordering::SeqCst);
         }
         done.store(true, Ordering::Relaxed);
@@ -262,6 +264,139 @@ fn what_was_taken_back_is_never_seen_again() {
             assert!(reader.join().unwrap() > 0);
         }
     });
+}
+
+fn pin(session: &Session<Kernel>, addr: u64, len: usize) -> Result<Option<Pin>, MemoryError> {
+    session.pin(&mut std::iter::once((addr, len)), Access::Write)
+}
+
+/// What `read(2)` puts into pinned memory.
+fn kernel_reads(file: &File, pin: &Pin) -> nix::Result<usize> {
+    use std::os::fd::AsRawFd as _;
+    let ranges = pin.ranges();
+    // SAFETY: The ranges are mapped as long as the pin, and only the kernel touches them.
+    let read = unsafe {
+        libc::preadv(
+            file.as_raw_fd(),
+            ranges.as_ptr(),
+            ranges.len() as libc::c_int,
+            0,
+        )
+    };
+    nix::errno::Errno::result(read).map(|read| read as usize)
+}
+
+#[test]
+fn pinned_ranges_are_what_the_driver_sees() {
+    let iotlb = iotlb();
+    for number in 0..3 {
+        let kernel = iotlb.source();
+        kernel.add(number * PAGE, PAGE, true, number < 2, &file(PAGE), 0);
+    }
+    let session = iotlb.session();
+    let source = file(PAGE);
+    source.write_all_at(&[7; 300], 0).unwrap();
+    let pin = pin(&session, PAGE - 100, 300).unwrap().unwrap();
+    let lens: Vec<_> = pin.ranges().iter().map(|range| range.iov_len).collect();
+    assert_eq!(lens, [100, 200]);
+    assert_eq!(kernel_reads(&source, &pin), Ok(300));
+    assert!(pin.intact());
+    assert_eq!(read(&session, PAGE - 100, 300).unwrap(), [7; 300]);
+    assert_eq!(read(&session, PAGE + 200, 1).unwrap(), [0]);
+    drop(pin);
+    for (addr, error) in [
+        (2 * PAGE, MemoryError::NotWritable { addr: 2 * PAGE }),
+        (3 * PAGE, MemoryError::Unmapped { addr: 3 * PAGE }),
+        (
+            u64::MAX,
+            MemoryError::Overflow {
+                addr: u64::MAX,
+                len: 2,
+            },
+        ),
+    ] {
+        assert_eq!(self::pin(&session, addr, 2).unwrap_err(), error);
+    }
+    // What was refused halfway holds nothing.
+    let gap = self::pin(&session, 2 * PAGE - 1, 2).unwrap_err();
+    assert_eq!(gap, MemoryError::NotWritable { addr: 2 * PAGE });
+    iotlb.close(Duration::ZERO).unwrap();
+    let closed = self::pin(&session, 0, 1).unwrap_err();
+    assert_eq!(closed, MemoryError::Closed);
+}
+
+#[test]
+fn taking_memory_back_waits_for_its_pins_and_for_no_others() {
+    let iotlb = iotlb();
+    let kernel = iotlb.source();
+    let files = [file(PAGE), file(PAGE)];
+    kernel.add(0, PAGE, true, true, &files[0], 0);
+    kernel.add(PAGE, PAGE, true, true, &files[1], 0);
+    let session = iotlb.session();
+    let held = pin(&session, 0, 10).unwrap().unwrap();
+    iotlb.update(PAGE, PAGE, Duration::ZERO).unwrap();
+    std::thread::scope(|scope| {
+        let (sender, done) = std::sync::mpsc::channel();
+        let iotlb = &iotlb;
+        scope.spawn(move || {
+            iotlb.update(5, 5, LONG).unwrap();
+            sender.send(()).unwrap();
+        });
+        let pause = Duration::from_millis(50);
+        assert!(done.recv_timeout(pause).is_err(), "it did not wait");
+        // Meanwhile the kernel's next mapping can be pinned, and nobody waits for that.
+        let next = pin(&session, 0, 10).unwrap().unwrap();
+        drop(held);
+        done.recv_timeout(LONG).unwrap();
+        drop(next);
+    });
+    iotlb.close(Duration::ZERO).unwrap();
+}
+
+#[test]
+fn memory_that_stays_pinned_too_long_is_out_of_the_kernels_reach() {
+    let iotlb = iotlb();
+    let memory = file(PAGE);
+    iotlb.source().add(0, PAGE, true, true, &memory, 0);
+    let session = iotlb.session();
+    let held = pin(&session, 0, 100).unwrap().unwrap();
+    let pause = Duration::from_millis(20);
+    let still = Err(StillPinned { mappings: 1 });
+    assert_eq!(iotlb.update(0, 0, pause), still);
+    let source = file(PAGE);
+    source.write_all_at(&[7; 100], 0).unwrap();
+    let efault = Err(nix::errno::Errno::EFAULT);
+    assert_eq!(kernel_reads(&source, &held), efault);
+    let mut bytes = [0; 100];
+    memory.read_exact_at(&mut bytes, 0).unwrap();
+    assert_eq!(bytes, [0; 100]);
+    // It is not forgotten, by a reset neither, until the pin has gone.
+    assert_eq!(iotlb.close(pause), still);
+    drop(held);
+    iotlb.close(Duration::ZERO).unwrap();
+}
+
+#[test]
+fn pinned_memory_that_vanished_says_so_and_is_waited_for() {
+    let iotlb = iotlb();
+    let memory = file(2 * PAGE);
+    iotlb.source().add(0, 2 * PAGE, true, true, &memory, 0);
+    let session = iotlb.session();
+    let held = pin(&session, PAGE, 10).unwrap().unwrap();
+    memory.set_len(PAGE).unwrap();
+    // The kernel is told that there are no pages; nobody gets a signal.
+    let source = file(PAGE);
+    let efault = Err(nix::errno::Errno::EFAULT);
+    assert_eq!(kernel_reads(&source, &held), efault);
+    assert!(held.intact());
+    // A copy has the whole mapping replaced, so that the kernel would write into nowhere.
+    assert!(session.write(PAGE, &[1]).is_err());
+    assert!(!held.intact());
+    assert_eq!(iotlb.regions(), 0);
+    let still = Err(StillPinned { mappings: 1 });
+    assert_eq!(iotlb.update(0, 0, Duration::ZERO), still);
+    drop(held);
+    iotlb.update(0, 0, Duration::ZERO).unwrap();
 }
 
 #[derive(Debug, Clone)]
@@ -331,7 +466,7 @@ proptest! {
                     if there {
                         kernel.add(first, PAGE, true, true, &file(PAGE), 0);
                     }
-                    iotlb.update(first, first + (PAGE - 1));
+                    iotlb.update(first, first + (PAGE - 1), LONG).unwrap();
                 }
             }
         }

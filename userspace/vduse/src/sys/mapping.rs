@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use vm_memory::VolatileSlice;
 
 use super::guard::Guard;
@@ -106,6 +106,29 @@ impl Mapping {
         // within this process needs to be told apart: all are volatile or atomic.
         let word = || unsafe { AtomicU16::from_ptr(pointer.cast()) };
         pointer.addr().is_multiple_of(2).then(word)
+    }
+
+    /// Where the bytes from `offset` on are, for the kernel alone. Panics where `slice` does.
+    pub(crate) fn address(&self, offset: u64, len: usize) -> *mut u8 {
+        self.slice(offset, len).ptr_guard_mut().as_ptr()
+    }
+
+    /// Puts memory that nobody can access in the place of the mapping: from now on no copy by
+    /// its addresses, the kernel's included, reaches what was mapped.
+    pub(crate) fn cut(&self) -> io::Result<()> {
+        let length = NonZeroUsize::new(self.mapped).ok_or(io::ErrorKind::InvalidInput)?;
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_FIXED | MapFlags::MAP_NORESERVE;
+        let address = self.start.as_ptr().expose_provenance();
+        // SAFETY: Replaces a whole mapping of ours, from which nothing is borrowed.
+        unsafe {
+            mmap_anonymous(
+                NonZeroUsize::new(address),
+                length,
+                ProtFlags::PROT_NONE,
+                flags,
+            )?
+        };
+        Ok(())
     }
 
     /// Copies out of a readable mapping; panics where `slice` does.
