@@ -58,6 +58,12 @@ pub(crate) struct BlkArgs {
     /// Serial number, at most 20 bytes
     #[arg(long, value_name = "TEXT", default_value = "")]
     serial: String,
+    /// Go past the page cache, as far as the file system and each request allow it
+    #[arg(long)]
+    direct: bool,
+    /// Carry out one request of a queue after the other, without io_uring
+    #[arg(long)]
+    no_io_uring: bool,
     /// Offer queues in the packed format, too
     #[arg(long)]
     packed: bool,
@@ -82,6 +88,8 @@ fn blk(args: &BlkArgs) -> Result<()> {
         read_only: args.read_only,
         queues: args.queues,
         serial: args.serial.clone(),
+        direct: args.direct,
+        io_uring: !args.no_io_uring,
     };
     let disk = Blk::open(&args.image, &options)?;
     let options = ServiceOptions {

@@ -40,6 +40,9 @@ fn disk_holds_what_is_written() {
         ("one", &[][..], 1),
         ("two", &["--queues", "2", "--queue-size", "16"][..], 2),
         ("packed", &["--packed"][..], 1),
+        ("direct", &["--direct", "--queues", "2"][..], 2),
+        ("at-once", &["--no-io-uring"][..], 1),
+        ("once-direct", &["--no-io-uring", "--direct"][..], 1),
     ] {
         let dir = tempfile::tempdir().unwrap();
         let image = image(&dir, 8 * MIB);
@@ -58,6 +61,36 @@ fn disk_holds_what_is_written() {
         assert_eq!(features.as_bytes()[34] == b'1', name == "packed");
         write_and_compare(&service, &image, 8);
         service.end();
+    }
+}
+
+#[test]
+fn image_without_room_fails_writes_and_nothing_else() {
+    for (name, options) in [("full", &[][..]), ("full-at-once", &["--no-io-uring"][..])] {
+        let dir = tempfile::tempdir().unwrap();
+        let none = None::<&str>;
+        let size = Some("size=2m");
+        mount(none, dir.path(), Some("tmpfs"), MsFlags::empty(), size).unwrap();
+        let image = image(&dir, 8 * MIB);
+        let service = Service::start(name, &image, options);
+        let disk = service.direct(true);
+        let mut data = buffer();
+        fill(&mut data, 1);
+        disk.write_all_at(&data.0, 0).unwrap();
+        let failures: Vec<_> = (1..8)
+            .filter_map(|at| disk.write_all_at(&data.0, at * MIB).err())
+            .collect();
+        // The file system is full after one more, whose room it takes for itself.
+        assert!(failures.len() >= 6, "{failures:?}");
+        for error in failures {
+            assert_eq!(error.raw_os_error(), Some(nix::libc::EIO));
+        }
+        let mut read = buffer();
+        disk.read_exact_at(&mut read.0, 0).unwrap();
+        assert!(read.0 == data.0);
+        drop(disk);
+        service.end();
+        umount2(dir.path(), MntFlags::empty()).unwrap();
     }
 }
 

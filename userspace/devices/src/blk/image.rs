@@ -2,7 +2,8 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek as _, SeekFrom};
-use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _};
+use std::os::fd::{AsRawFd as _, RawFd};
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -16,9 +17,39 @@ use super::SECTOR;
 pub struct Image {
     path: PathBuf,
     file: Flock<File>,
+    direct: Option<Direct>,
     sectors: AtomicU64,
     physical_block: u32,
 }
+
+/// The same file past the page cache.
+#[derive(Debug)]
+struct Direct {
+    file: File,
+    /// What addresses in memory must be multiples of: a power of two.
+    memory: u32,
+    /// And what places in the file and lengths must be.
+    offset: u32,
+}
+
+impl Direct {
+    fn open(file: &File, read_only: bool) -> io::Result<Self> {
+        // The same file, whatever its path names by now.
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let mut options = OpenOptions::new();
+        options.read(true).write(!read_only);
+        let file = options.custom_flags(libc::O_DIRECT).open(path)?;
+        let (memory, offset) = super::statx::direct_alignment(&file).unwrap_or(UNKNOWN_ALIGNMENT);
+        Ok(Self {
+            file,
+            memory,
+            offset,
+        })
+    }
+}
+
+/// What any file system is content with.
+const UNKNOWN_ALIGNMENT: (u32, u32) = (4096, 4096);
 
 /// Why an image cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -53,12 +84,13 @@ pub enum ImageError {
 }
 
 impl Image {
-    /// Opens and locks an image: shared to read only, else exclusively.
+    /// Opens and locks an image: shared to read only, else exclusively. `direct`: past the page
+    /// cache, as far as the file system and each request allow it.
     ///
     /// # Errors
     ///
     /// Names the image and what is wrong with it.
-    pub fn open(path: &Path, read_only: bool) -> Result<Self, ImageError> {
+    pub fn open(path: &Path, read_only: bool, direct: bool) -> Result<Self, ImageError> {
         let failed = |error| ImageError::Open {
             path: path.into(),
             error,
@@ -82,9 +114,18 @@ impl Image {
         let sectors = measure(path, &file)?;
         let block = u32::try_from(metadata.blksize()).unwrap_or(0);
         let usable = block.is_power_of_two() && (512..=1 << 16).contains(&block);
+        let direct = match direct.then(|| Direct::open(&file, read_only)).transpose() {
+            Ok(direct) => direct,
+            Err(error) => {
+                let image = path.display();
+                tracing::warn!(%image, %error, "no direct I/O here: the page cache is used");
+                None
+            }
+        };
         Ok(Self {
             path: path.into(),
             file,
+            direct,
             sectors: AtomicU64::new(sectors),
             physical_block: if usable { block } else { 4096 },
         })
@@ -111,12 +152,60 @@ impl Image {
         self.physical_block
     }
 
+    /// The file's descriptors, with page cache and, where there is one, without.
+    pub(super) fn descriptors(&self) -> [RawFd; 2] {
+        let cached = self.file.as_raw_fd();
+        let direct = self.direct.as_ref();
+        [
+            cached,
+            direct.map_or(cached, |direct| direct.file.as_raw_fd()),
+        ]
+    }
+
+    /// Whether bytes can be reached past the page cache, from memory that is aligned.
+    pub(super) fn is_direct(&self, at: u64, len: u64) -> bool {
+        self.direct.as_ref().is_some_and(|direct| {
+            at.is_multiple_of(direct.offset.into()) && len.is_multiple_of(direct.offset.into())
+        })
+    }
+
+    /// Whether memory is aligned for that.
+    pub(super) fn takes(&self, ranges: &[libc::iovec]) -> bool {
+        self.direct.as_ref().is_some_and(|direct| {
+            ranges.iter().all(|range| {
+                let start = range.iov_base.addr();
+                start.is_multiple_of(direct.memory as usize)
+                    && range.iov_len.is_multiple_of(direct.offset as usize)
+            })
+        })
+    }
+
+    /// What memory for requests must be aligned to: a power of two.
+    pub(super) fn memory_align(&self) -> usize {
+        self.direct
+            .as_ref()
+            .map_or(1, |direct| direct.memory as usize)
+    }
+
+    /// Whether requests go past the page cache where they can.
+    pub(super) fn has_direct(&self) -> bool {
+        self.direct.is_some()
+    }
+
+    /// By which descriptor these bytes are reached; memory is aligned.
+    fn by(&self, at: u64, len: usize) -> &File {
+        match &self.direct {
+            Some(direct) if self.is_direct(at, len as u64) => &direct.file,
+            _ => &self.file,
+        }
+    }
+
     pub(super) fn read(&self, at: u64, into: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(into, at)
+        self.by(at, into.len()).read_exact_at(into, at)
     }
 
     pub(super) fn write(&self, at: u64, from: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(from, at)
+        self.by(at, from.len()).write_all_at(from, at)
     }
 
     /// Returns when everything written before is safe.
@@ -126,7 +215,7 @@ impl Image {
 
     /// Gives the space of a range back, if the file system can; what it reads as is not said.
     pub(super) fn discard(&self, at: u64, len: u64) -> io::Result<()> {
-        match self.fallocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, at, len) {
+        match self.fallocate(Self::allocation(false, true), at, len) {
             // Advice that cannot be followed.
             Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(()),
             done => Ok(done?),
@@ -135,28 +224,35 @@ impl Image {
 
     /// Makes a range read as zeroes, without its space where `unmap` allows it.
     pub(super) fn zero(&self, at: u64, len: u64, unmap: bool) -> io::Result<()> {
-        let how = match unmap {
-            true => FallocateFlags::FALLOC_FL_PUNCH_HOLE,
-            false => FallocateFlags::FALLOC_FL_ZERO_RANGE,
-        };
-        match self.fallocate(how, at, len) {
+        match self.fallocate(Self::allocation(true, unmap), at, len) {
             Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => self.write_zeroes(at, len),
             done => Ok(done?),
         }
     }
 
-    fn fallocate(&self, how: FallocateFlags, at: u64, len: u64) -> nix::Result<()> {
-        let offset = |value: u64| i64::try_from(value).map_err(|_| Errno::EINVAL);
-        let flags = how | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        fallocate(&*self.file, flags, offset(at)?, offset(len)?)
+    /// The mode of `fallocate` that zeroes or discards a range.
+    pub(super) fn allocation(zero: bool, unmap: bool) -> i32 {
+        let how = match zero && !unmap {
+            true => FallocateFlags::FALLOC_FL_ZERO_RANGE,
+            false => FallocateFlags::FALLOC_FL_PUNCH_HOLE,
+        };
+        (how | FallocateFlags::FALLOC_FL_KEEP_SIZE).bits()
     }
 
-    fn write_zeroes(&self, at: u64, len: u64) -> io::Result<()> {
+    fn fallocate(&self, mode: i32, at: u64, len: u64) -> nix::Result<()> {
+        let offset = |value: u64| i64::try_from(value).map_err(|_| Errno::EINVAL);
+        let mode = FallocateFlags::from_bits_truncate(mode);
+        fallocate(&*self.file, mode, offset(at)?, offset(len)?)
+    }
+
+    /// Writes zeroes through the page cache, whose memory need not be aligned.
+    pub(super) fn write_zeroes(&self, at: u64, len: u64) -> io::Result<()> {
         let zeroes = [0; 1 << 16];
         let (mut at, mut left) = (at, len);
         while left > 0 {
             let step = left.min(zeroes.len() as u64);
-            self.write(at, &zeroes[..usize::try_from(step).unwrap_or(zeroes.len())])?;
+            let step_bytes = usize::try_from(step).unwrap_or(zeroes.len());
+            self.file.write_all_at(&zeroes[..step_bytes], at)?;
             at += step;
             left -= step;
         }
@@ -197,36 +293,36 @@ mod tests {
     fn images_without_whole_sectors_are_refused_with_the_remedy() {
         for bytes in [0, 511, 513] {
             let (_dir, path) = image(bytes);
-            let error = Image::open(&path, false).unwrap_err();
+            let error = Image::open(&path, false, false).unwrap_err();
             assert!(matches!(error, ImageError::Size { .. }), "{error}");
             assert!(error.to_string().contains("truncate"), "{error}");
         }
-        let error = Image::open(Path::new("/dev/null"), false).unwrap_err();
+        let error = Image::open(Path::new("/dev/null"), false, false).unwrap_err();
         assert!(matches!(error, ImageError::Kind(_)), "{error}");
-        let error = Image::open(Path::new("/nonexistent"), false).unwrap_err();
+        let error = Image::open(Path::new("/nonexistent"), false, false).unwrap_err();
         assert!(error.to_string().contains("/nonexistent"), "{error}");
     }
 
     #[test]
     fn writers_are_alone_and_readers_among_themselves() {
         let (_dir, path) = image(4096);
-        let writer = Image::open(&path, false).unwrap();
+        let writer = Image::open(&path, false, false).unwrap();
         assert_eq!(writer.sectors(), 8);
         for read_only in [false, true] {
-            let error = Image::open(&path, read_only).unwrap_err();
+            let error = Image::open(&path, read_only, false).unwrap_err();
             assert!(matches!(error, ImageError::Locked(_)), "{error}");
         }
         drop(writer);
-        let _one = Image::open(&path, true).unwrap();
-        let _two = Image::open(&path, true).unwrap();
-        assert!(Image::open(&path, false).is_err());
+        let _one = Image::open(&path, true, false).unwrap();
+        let _two = Image::open(&path, true, false).unwrap();
+        assert!(Image::open(&path, false, false).is_err());
     }
 
     #[test]
     fn zeroed_ranges_read_as_zeroes() {
         for unmap in [false, true] {
             let (_dir, path) = image(1 << 17);
-            let image = Image::open(&path, false).unwrap();
+            let image = Image::open(&path, false, false).unwrap();
             image.write(0, &[0xab; 1 << 17]).unwrap();
             image.zero(512, 1 << 16, unmap).unwrap();
             let mut bytes = vec![1; 1 << 17];
@@ -238,7 +334,7 @@ mod tests {
             }
         }
         let (_dir, path) = image(1 << 17);
-        let image = Image::open(&path, false).unwrap();
+        let image = Image::open(&path, false, false).unwrap();
         image.write(0, &[1; 1 << 17]).unwrap();
         image.write_zeroes(512, (1 << 16) + 512).unwrap();
         let mut bytes = vec![1; 1 << 17];

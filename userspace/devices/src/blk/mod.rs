@@ -1,8 +1,11 @@
 //! A disk: virtio-blk over a file or a block device.
 
+mod buffer;
 mod config;
 mod image;
 mod request;
+mod statx;
+mod uring;
 
 use std::io;
 use std::path::Path;
@@ -16,6 +19,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use crate::virtio::{AtOnce, Chain, Device, Lane, Memory, Refusal};
 pub use image::{Image, ImageError};
+use uring::UringLane;
 
 /// The unit of addresses and lengths in requests, in bytes.
 pub const SECTOR: u64 = 512;
@@ -32,6 +36,11 @@ pub struct Options {
     pub queues: u16,
     /// At most [`SERIAL_BYTES`] bytes.
     pub serial: String,
+    /// Go past the page cache (`O_DIRECT`), as far as the file system and each request allow it.
+    pub direct: bool,
+    /// Leave requests to io_uring where the system has it, so that many are under way at a time;
+    /// else each is carried out before the next one is looked at.
+    pub io_uring: bool,
 }
 
 impl Default for Options {
@@ -40,6 +49,8 @@ impl Default for Options {
             read_only: false,
             queues: 1,
             serial: String::new(),
+            direct: false,
+            io_uring: true,
         }
     }
 }
@@ -51,6 +62,7 @@ pub struct Blk {
     read_only: bool,
     queues: u16,
     serial: [u8; SERIAL_BYTES],
+    io_uring: bool,
 }
 
 /// Why there is no disk.
@@ -83,11 +95,20 @@ impl Blk {
             Some(start) => start.copy_from_slice(options.serial.as_bytes()),
             None => return Err(BlkError::Serial(options.serial.clone())),
         }
+        let opened = Image::open(image, options.read_only, options.direct)?;
+        let io_uring = options.io_uring && has_io_uring(&opened);
+        tracing::info!(
+            image = %image.display(),
+            io_uring,
+            direct = opened.has_direct(),
+            "requests are carried out"
+        );
         Ok(Self {
-            image: Image::open(image, options.read_only)?,
+            image: opened,
             read_only: options.read_only,
             queues: options.queues,
             serial,
+            io_uring,
         })
     }
 
@@ -105,6 +126,18 @@ impl Blk {
     #[must_use]
     pub fn capacity(&self) -> u64 {
         self.image.sectors()
+    }
+}
+
+/// Whether the system has io_uring; says why not.
+fn has_io_uring(image: &Image) -> bool {
+    match uring::check(image) {
+        Ok(()) => true,
+        Err(error) => {
+            let why = uring::remedy(&error);
+            tracing::warn!(%error, why, "no io_uring: one request of a queue at a time");
+            false
+        }
     }
 }
 
@@ -149,7 +182,17 @@ impl Device for Blk {
         self.queues
     }
 
-    fn lane(self: Arc<Self>, _queue: u16, features: u64) -> io::Result<Box<dyn Lane>> {
+    fn lane(self: Arc<Self>, queue: u16, features: u64) -> io::Result<Box<dyn Lane>> {
+        if self.io_uring {
+            match UringLane::new(Arc::clone(&self), features) {
+                Ok(lane) => return Ok(Box::new(lane)),
+                // There may be too many rings for the limit on locked memory.
+                Err(error) => {
+                    let why = uring::remedy(&error);
+                    tracing::warn!(queue, %error, why, "no ring: one request at a time");
+                }
+            }
+        }
         Ok(Box::new(AtOnce(
             move |chain: &Chain, memory: &dyn Memory| {
                 request::serve(&self, features, chain, memory)

@@ -1,6 +1,7 @@
 //! Memory and a driver for tests: the other side of the queues, written from the specification.
 #![allow(dead_code, reason = "each test program uses a part")]
 
+pub mod mapped;
 pub mod packed;
 pub mod split;
 
