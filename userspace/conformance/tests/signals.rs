@@ -94,9 +94,11 @@ fn kick(runner: &Runner) -> Result<Exit> {
     runner.exit()
 }
 
-/// Takes a signal that is still pending because the thread blocks it.
+/// Takes a signal that is still pending because the thread blocks it. When this returns it is
+/// done: the next signal is not taken.
 fn consume_signal(runner: &Runner) {
-    runner.with(|_| {
+    let (done, is_done) = std::sync::mpsc::channel();
+    runner.with(move |_| {
         let mut set = SigSet::empty();
         set.add(Signal::SIGUSR1);
         let none = libc::timespec {
@@ -105,8 +107,10 @@ fn consume_signal(runner: &Runner) {
         };
         // SAFETY: Set and time outlive the call; no information is asked for.
         unsafe { libc::sigtimedwait(set.as_ref(), std::ptr::null_mut(), &raw const none) };
+        let _ = done.send(());
         Ok(())
     });
+    let _ = is_done.recv();
 }
 
 /// SIGUSR1 blocked in the thread and not in the vCPU's mask, as VMMs do it.
