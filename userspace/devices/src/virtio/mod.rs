@@ -2,6 +2,7 @@
 
 mod chain;
 mod device;
+mod log;
 mod memory;
 mod packed;
 mod pin;
@@ -10,6 +11,7 @@ mod split;
 
 pub use chain::{Chain, MAX_SEGMENTS, Segment};
 pub use device::{AtOnce, Device, Done, Lane, Refusal};
+pub use log::{LogError, QueueLog, Words};
 pub use memory::{Memory, MemoryError};
 pub use pin::{Access, Hold, MAX_RANGES, Pin};
 pub use queue::{Broken, Format, Layout, Position, Queue, Setup};

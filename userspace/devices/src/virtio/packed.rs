@@ -1,8 +1,10 @@
 //! The packed format: one ring in which both sides turn.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{Ordering, fence};
 
 use super::chain::{Builder, Chain};
+use super::log::{self, Journal, LogError, Lost, QueueLog, Ring};
 use super::memory::Memory;
 use super::queue::{Broken, Descriptor, InFlight, Layout, Position, Setup, check_part, read_table};
 
@@ -32,6 +34,18 @@ struct Place {
 }
 
 impl Place {
+    fn from_word(word: u16) -> Self {
+        Self {
+            index: word & !EVENT_WRAP,
+            wrap: word & EVENT_WRAP != 0,
+        }
+    }
+
+    /// As in event structures: the wrap counter in bit 15.
+    fn word(self) -> u16 {
+        self.index | if self.wrap { EVENT_WRAP } else { 0 }
+    }
+
     fn advance(&mut self, by: u16, size: u16) {
         // Sizes are at most 2^15 and steps at most a size.
         let next = self.index + by;
@@ -66,15 +80,43 @@ pub(super) struct Packed {
     /// Descriptors of requests in flight.
     slots: u16,
     pub(super) in_flight: InFlight,
+    /// Requests in flight that nobody has taken since the queue was taken up.
+    again: VecDeque<Lost>,
+}
+
+/// The ring as its log knows it.
+struct Turning<'a> {
+    memory: &'a dyn Memory,
+    layout: Layout,
+}
+
+impl Ring for Turning<'_> {
+    fn behind(&self, place: log::Place, descriptors: u16) -> log::Place {
+        let mut place = Place::from_word(place);
+        place.advance(descriptors.min(self.layout.size), self.layout.size);
+        place.word()
+    }
+
+    fn is_used(&self, place: log::Place) -> Result<bool, Broken> {
+        // The driver has made the descriptor available in this turn. Once it is used, the driver
+        // may have made it available again, for the next turn: that leaves this flag alone.
+        let place = Place::from_word(place);
+        let flags = self
+            .memory
+            .load(descriptor(&self.layout, place.index) + FLAGS)?;
+        Ok((flags & USED != 0) == place.wrap)
+    }
+
+    fn has(&self, place: log::Place) -> bool {
+        Place::from_word(place).index < self.layout.size
+    }
 }
 
 impl Packed {
     pub(super) fn new(setup: &Setup, at: Position) -> Result<Self, Broken> {
         let layout = setup.layout;
         let size = layout.size;
-        check_part(layout.descriptors, u64::from(size) * Descriptor::BYTES, 16)?;
-        check_part(layout.driver, 4, 4)?;
-        check_part(layout.device, 4, 4)?;
+        check_layout(&layout)?;
         let Position::Packed {
             avail_wrap,
             avail,
@@ -102,6 +144,43 @@ impl Packed {
             unnotified: 0,
             slots,
             in_flight: InFlight::new(size),
+            again: VecDeque::new(),
+        })
+    }
+
+    pub(super) fn record(&mut self, log: QueueLog, setup: &Setup) -> Result<(), Broken> {
+        let journal = Journal::begin(log, setup, self.used.word(), self.slots)?;
+        self.in_flight.journal = Some(journal);
+        Ok(())
+    }
+
+    pub(super) fn resume(
+        memory: &dyn Memory,
+        setup: &Setup,
+        log: QueueLog,
+    ) -> Result<Self, Broken> {
+        let layout = setup.layout;
+        check_layout(&layout)?;
+        let ring = Turning { memory, layout };
+        let (journal, record) = Journal::resume(log, setup, &ring)?;
+        // The log has checked that all fit.
+        let taken: usize = record.lost.iter().map(|lost| lost.descriptors.len()).sum();
+        let slots = record.gone + u16::try_from(taken).unwrap_or(layout.size);
+        let used = Place::from_word(record.place);
+        let mut avail = used;
+        avail.advance(slots, layout.size);
+        let ids = record.lost.iter().map(|lost| lost.id);
+        let in_flight = InFlight::with(layout.size, ids, journal);
+        Ok(Self {
+            layout,
+            indirect: setup.indirect,
+            event_idx: setup.event_idx,
+            avail,
+            used,
+            unnotified: 0,
+            slots,
+            in_flight,
+            again: record.lost.into(),
         })
     }
 
@@ -114,55 +193,87 @@ impl Packed {
         }
     }
 
-    fn descriptor(&self, index: u16) -> u64 {
-        self.layout.descriptors + u64::from(index) * Descriptor::BYTES
-    }
-
     /// Whether the next descriptor is available.
     fn is_available(&self, memory: &dyn Memory) -> Result<bool, Broken> {
-        let flags = memory.load(self.descriptor(self.avail.index) + FLAGS)?;
+        let flags = memory.load(descriptor(&self.layout, self.avail.index) + FLAGS)?;
         let (avail, used) = (flags & AVAIL != 0, flags & USED != 0);
         Ok(avail == self.avail.wrap && used != self.avail.wrap)
     }
 
     pub(super) fn pop(&mut self, memory: &dyn Memory) -> Result<Option<Chain>, Broken> {
+        if let Some(lost) = self.again.front() {
+            let chain = self.recall(memory, lost)?;
+            self.again.pop_front();
+            return Ok(Some(chain));
+        }
         if !self.is_available(memory)? {
             return Ok(None);
         }
         let mut chain = Builder::default();
         let mut at = self.avail;
+        let mut descriptors = Vec::new();
         // The driver makes the first descriptor of a request available after all others.
         for slots in 1..=self.layout.size - self.slots.min(self.layout.size) {
-            let descriptor = Descriptor::read(memory, self.descriptor(at.index))?;
-            let (id, flags) = (descriptor.at12, descriptor.at14);
+            let descriptor = Descriptor::read(memory, descriptor(&self.layout, at.index))?;
             at.advance(1, self.layout.size);
-            if flags & INDIRECT != 0 {
-                if !self.indirect {
-                    return Err(Broken::IndirectNotNegotiated);
-                }
-                if flags & NEXT != 0 || slots > 1 {
-                    return Err(Broken::IndirectMisplaced);
-                }
-                for entry in read_table(memory, descriptor.addr, descriptor.len)? {
-                    // Of the flags only `WRITE` may stand here; those that say whose turn it is
-                    // mean nothing.
-                    if entry.at14 & (INDIRECT | NEXT) != 0 {
-                        return Err(Broken::IndirectMisplaced);
-                    }
-                    chain.add(entry.addr, entry.len, entry.at14 & WRITE != 0)?;
-                }
-            } else {
-                chain.add(descriptor.addr, descriptor.len, flags & WRITE != 0)?;
+            if self.in_flight.journal.is_some() {
+                descriptors.push(descriptor);
             }
-            if flags & NEXT == 0 {
+            if self.add(memory, &mut chain, descriptor, slots)? {
+                let id = descriptor.at12;
                 self.in_flight.check(id)?;
-                self.in_flight.take(id);
+                self.in_flight.take(id, &descriptors);
                 self.avail = at;
                 self.slots += slots;
                 return Ok(Some(chain.finish(id, slots)));
             }
         }
         Err(Broken::Loop)
+    }
+
+    /// A request again, of whose descriptors the ring may hold nothing any more.
+    fn recall(&self, memory: &dyn Memory, lost: &Lost) -> Result<Chain, Broken> {
+        let mut chain = Builder::default();
+        for (slots, &descriptor) in (1..).zip(&lost.descriptors) {
+            let ends = self.add(memory, &mut chain, descriptor, slots)?;
+            if ends != (usize::from(slots) == lost.descriptors.len()) {
+                break;
+            }
+            if ends {
+                return Ok(chain.finish(lost.id, slots));
+            }
+        }
+        Err(LogError::Descriptors(lost.id).into())
+    }
+
+    /// Adds a descriptor to a request, its `slots`-th; whether it is the last one.
+    fn add(
+        &self,
+        memory: &dyn Memory,
+        chain: &mut Builder,
+        descriptor: Descriptor,
+        slots: u16,
+    ) -> Result<bool, Broken> {
+        let flags = descriptor.at14;
+        if flags & INDIRECT == 0 {
+            chain.add(descriptor.addr, descriptor.len, flags & WRITE != 0)?;
+            return Ok(flags & NEXT == 0);
+        }
+        if !self.indirect {
+            return Err(Broken::IndirectNotNegotiated);
+        }
+        if flags & NEXT != 0 || slots > 1 {
+            return Err(Broken::IndirectMisplaced);
+        }
+        for entry in read_table(memory, descriptor.addr, descriptor.len)? {
+            // Of the flags only `WRITE` may stand here; those that say whose turn it is mean
+            // nothing.
+            if entry.at14 & (INDIRECT | NEXT) != 0 {
+                return Err(Broken::IndirectMisplaced);
+            }
+            chain.add(entry.addr, entry.len, entry.at14 & WRITE != 0)?;
+        }
+        Ok(true)
     }
 
     /// Gives a request back, which the driver sees after [`publish`](Self::publish).
@@ -172,7 +283,7 @@ impl Packed {
         chain: &Chain,
         written: u32,
     ) -> Result<(), Broken> {
-        let at = self.descriptor(self.used.index);
+        let at = descriptor(&self.layout, self.used.index);
         let mut entry = [0; 6];
         entry[..4].copy_from_slice(&written.to_le_bytes());
         entry[4..].copy_from_slice(&chain.id.to_le_bytes());
@@ -182,14 +293,19 @@ impl Packed {
         if self.used.wrap {
             flags |= AVAIL | USED;
         }
+        self.in_flight.giving(chain.id, self.used.word());
         self.used.advance(chain.slots, self.layout.size);
         self.unnotified = self.unnotified.saturating_add(chain.slots.into());
         self.slots = self.slots.saturating_sub(chain.slots);
-        self.in_flight.give_back(chain.id);
         match self.staged {
             None => self.staged = Some((at + FLAGS, flags)),
             Some(_) => memory.store(at + FLAGS, flags)?,
         }
+        // A record knows of one request that is being given back.
+        if self.in_flight.journal.is_some() {
+            self.publish(memory)?;
+        }
+        self.in_flight.given(chain.id, self.used.word());
         Ok(())
     }
 
@@ -214,11 +330,7 @@ impl Packed {
             ONE if self.event_idx => {}
             _ => return Ok(true),
         }
-        let event = memory.load(self.layout.driver)?;
-        let event = Place {
-            index: event & !EVENT_WRAP,
-            wrap: event & EVENT_WRAP != 0,
-        };
+        let event = Place::from_word(memory.load(self.layout.driver)?);
         // A notification too many does no harm, one too few does: what makes no sense gets one.
         if event.index >= self.layout.size || passed >= 2 * u32::from(self.layout.size) {
             return Ok(true);
@@ -235,14 +347,24 @@ impl Packed {
 
     pub(super) fn enable_kicks(&mut self, memory: &dyn Memory) -> Result<bool, Broken> {
         if self.event_idx {
-            let wrap = if self.avail.wrap { EVENT_WRAP } else { 0 };
-            memory.store(self.layout.device, self.avail.index | wrap)?;
+            memory.store(self.layout.device, self.avail.word())?;
             memory.store(self.layout.device + EVENT_FLAGS, ONE)?;
         } else {
             memory.store(self.layout.device + EVENT_FLAGS, ENABLE)?;
         }
         // The driver first makes requests available and then looks at what the device waits for.
         fence(Ordering::SeqCst);
-        self.is_available(memory)
+        Ok(!self.again.is_empty() || self.is_available(memory)?)
     }
+}
+
+fn descriptor(layout: &Layout, index: u16) -> u64 {
+    layout.descriptors + u64::from(index) * Descriptor::BYTES
+}
+
+fn check_layout(layout: &Layout) -> Result<(), Broken> {
+    let bytes = u64::from(layout.size) * Descriptor::BYTES;
+    check_part(layout.descriptors, bytes, 16)?;
+    check_part(layout.driver, 4, 4)?;
+    check_part(layout.device, 4, 4)
 }

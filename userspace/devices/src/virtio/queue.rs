@@ -2,6 +2,7 @@
 
 use super::chain::Chain;
 use super::device::Done;
+use super::log::{Journal, LogError, Place, QueueLog};
 use super::memory::{Memory, MemoryError};
 use super::packed::Packed;
 use super::split::Split;
@@ -156,6 +157,9 @@ pub enum Broken {
     /// A request that the device cannot even answer.
     #[error("a malformed request: {0}")]
     Request(&'static str),
+    /// What is on record of the queue cannot be true.
+    #[error("{0}; what was in flight is not known")]
+    Log(#[from] LogError),
 }
 
 /// A queue. Not shared: whoever serves it owns it.
@@ -175,13 +179,44 @@ impl Queue {
     ///
     /// A layout or position that no queue can have, or memory that is not there.
     pub fn new(memory: &dyn Memory, setup: &Setup, at: Position) -> Result<Self, Broken> {
-        let layout = &setup.layout;
-        if layout.size == 0 || layout.size > MAX_SIZE {
-            return Err(Broken::Size(layout.size));
-        }
+        check_size(setup)?;
         Ok(Self(match setup.format {
             Format::Split => Inner::Split(Split::new(memory, setup, at)?),
             Format::Packed => Inner::Packed(Packed::new(setup, at)?),
+        }))
+    }
+
+    /// The same, and keeps a record from now on with which [`resume`](Self::resume) takes the
+    /// queue up wherever this process dies.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new), and where the queue has more descriptors than the log.
+    pub fn begin(
+        memory: &dyn Memory,
+        setup: &Setup,
+        at: Position,
+        log: QueueLog,
+    ) -> Result<Self, Broken> {
+        let mut queue = Self::new(memory, setup, at)?;
+        match &mut queue.0 {
+            Inner::Split(queue) => queue.record(log, setup)?,
+            Inner::Packed(queue) => queue.record(log, setup)?,
+        }
+        Ok(queue)
+    }
+
+    /// Takes up a queue whose server died. Requests that it had in flight are taken again first,
+    /// in the same order. The driver may not have been notified of those given back last.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new); [`Broken::Log`] where the record cannot be that of this queue.
+    pub fn resume(memory: &dyn Memory, setup: &Setup, log: QueueLog) -> Result<Self, Broken> {
+        check_size(setup)?;
+        Ok(Self(match setup.format {
+            Format::Split => Inner::Split(Split::resume(memory, setup, log)?),
+            Format::Packed => Inner::Packed(Packed::resume(memory, setup, log)?),
         }))
     }
 
@@ -208,7 +243,8 @@ impl Queue {
     }
 
     /// Gives requests back in this order. The driver sees all of them at once: of buffers that
-    /// hold parts of one packet it must never see only some.
+    /// hold parts of one packet it must never see only some. A queue with a
+    /// record gives them back one after the other, since the record knows of one at a time.
     ///
     /// # Errors
     ///
@@ -268,7 +304,7 @@ impl Queue {
         }
     }
 
-    /// Requests that were taken and not given back.
+    /// Requests that were taken and not given back, before it was taken up, too.
     #[must_use]
     pub fn in_flight(&self) -> u16 {
         match &self.0 {
@@ -287,11 +323,19 @@ impl Queue {
     }
 }
 
+fn check_size(setup: &Setup) -> Result<(), Broken> {
+    match setup.layout.size {
+        1..=MAX_SIZE => Ok(()),
+        size => Err(Broken::Size(size)),
+    }
+}
+
 /// Names of requests that the device has.
 #[derive(Debug)]
 pub(super) struct InFlight {
     taken: Vec<bool>,
     pub(super) count: u16,
+    pub(super) journal: Option<Journal>,
 }
 
 impl InFlight {
@@ -299,7 +343,16 @@ impl InFlight {
         Self {
             taken: vec![false; size.into()],
             count: 0,
+            journal: None,
         }
+    }
+
+    /// With requests that were taken before.
+    pub(super) fn with(size: u16, ids: impl Iterator<Item = u16>, journal: Journal) -> Self {
+        let mut all = Self::new(size);
+        ids.for_each(|id| all.set(id, true));
+        all.journal = Some(journal);
+        all
     }
 
     /// Whether a request can be taken.
@@ -314,12 +367,30 @@ impl InFlight {
         }
     }
 
-    pub(super) fn take(&mut self, id: u16) {
+    /// A request is taken; `descriptors` are those in the ring, of a packed one.
+    pub(super) fn take(&mut self, id: u16, descriptors: &[Descriptor]) {
         self.set(id, true);
+        if let Some(journal) = &mut self.journal {
+            journal.taken(id, descriptors);
+        }
     }
 
-    pub(super) fn give_back(&mut self, id: u16) {
+    /// The driver will see next that a request was given back, at this place.
+    pub(super) fn giving(&mut self, id: u16, place: Place) {
+        if let Some(journal) = &mut self.journal {
+            journal.giving(id, place);
+        }
+    }
+
+    /// It sees it; the next place is this one.
+    pub(super) fn given(&mut self, id: u16, place: Place) {
         self.set(id, false);
+        if let Some(journal) = &mut self.journal {
+            journal.given(id, place);
+            if self.count == 0 {
+                journal.idle();
+            }
+        }
     }
 
     fn set(&mut self, id: u16, taken: bool) {

@@ -1,8 +1,10 @@
 //! The split format: descriptors, available ring and used ring.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{Ordering, fence};
 
 use super::chain::{Builder, Chain};
+use super::log::{Journal, LogError, Place, QueueLog, Ring};
 use super::memory::Memory;
 use super::queue::{Broken, Descriptor, InFlight, Layout, Position, Setup, check_part, read_table};
 
@@ -30,19 +32,31 @@ pub(super) struct Split {
     /// The used index when the driver was last looked at.
     notified: u16,
     pub(super) in_flight: InFlight,
+    /// Requests in flight that nobody has taken since the queue was taken up.
+    again: VecDeque<u16>,
+}
+
+/// The used ring; its places are its indices.
+struct Used(u16);
+
+impl Ring for Used {
+    fn behind(&self, place: Place, _descriptors: u16) -> Place {
+        place.wrapping_add(1)
+    }
+
+    fn is_used(&self, place: Place) -> Result<bool, Broken> {
+        Ok(self.0 == place.wrapping_add(1))
+    }
+
+    fn has(&self, _place: Place) -> bool {
+        true
+    }
 }
 
 impl Split {
     pub(super) fn new(memory: &dyn Memory, setup: &Setup, at: Position) -> Result<Self, Broken> {
         let layout = setup.layout;
-        let size = u64::from(layout.size);
-        if !layout.size.is_power_of_two() {
-            return Err(Broken::Size(layout.size));
-        }
-        check_part(layout.descriptors, size * Descriptor::BYTES, 16)?;
-        // Both rings end with the index of the event that the other side waits for.
-        check_part(layout.driver, ENTRIES + 2 * size + 2, 2)?;
-        check_part(layout.device, ENTRIES + 8 * size + 2, 4)?;
+        check_layout(&layout)?;
         let Position::Split { avail } = at else {
             return Err(Broken::Position(at));
         };
@@ -59,6 +73,40 @@ impl Split {
             next_used: used,
             notified: used,
             in_flight: InFlight::new(layout.size),
+            again: VecDeque::new(),
+        })
+    }
+
+    pub(super) fn record(&mut self, log: QueueLog, setup: &Setup) -> Result<(), Broken> {
+        let gone = self.next_avail.wrapping_sub(self.next_used);
+        self.in_flight.journal = Some(Journal::begin(log, setup, self.next_used, gone)?);
+        Ok(())
+    }
+
+    pub(super) fn resume(
+        memory: &dyn Memory,
+        setup: &Setup,
+        log: QueueLog,
+    ) -> Result<Self, Broken> {
+        let layout = setup.layout;
+        check_layout(&layout)?;
+        let used = memory.load(layout.device + INDEX)?;
+        let (journal, record) = Journal::resume(log, setup, &Used(used))?;
+        if record.place != used {
+            return Err(LogError::Place(record.place.into()).into());
+        }
+        let again: VecDeque<u16> = record.lost.iter().map(|lost| lost.id).collect();
+        let in_flight = InFlight::with(layout.size, again.iter().copied(), journal);
+        Ok(Self {
+            layout,
+            indirect: setup.indirect,
+            event_idx: setup.event_idx,
+            // All that were taken were given back, are in flight, or are gone.
+            next_avail: used.wrapping_add(in_flight.count).wrapping_add(record.gone),
+            next_used: used,
+            notified: used,
+            in_flight,
+            again,
         })
     }
 
@@ -83,6 +131,11 @@ impl Split {
     }
 
     pub(super) fn pop(&mut self, memory: &dyn Memory) -> Result<Option<Chain>, Broken> {
+        if let Some(&head) = self.again.front() {
+            let chain = self.walk(memory, head)?;
+            self.again.pop_front();
+            return Ok(Some(chain));
+        }
         if self.waiting(memory)? == 0 {
             return Ok(None);
         }
@@ -90,7 +143,7 @@ impl Split {
         let head = memory.load(self.layout.driver + ENTRIES + 2 * slot)?;
         self.in_flight.check(head)?;
         let chain = self.walk(memory, head)?;
-        self.in_flight.take(head);
+        self.in_flight.take(head, &[]);
         self.next_avail = self.next_avail.wrapping_add(1);
         Ok(Some(chain))
     }
@@ -140,8 +193,13 @@ impl Split {
         entry[..4].copy_from_slice(&u32::from(chain.id).to_le_bytes());
         entry[4..].copy_from_slice(&written.to_le_bytes());
         memory.write(self.layout.device + ENTRIES + 8 * slot, &entry)?;
+        self.in_flight.giving(chain.id, self.next_used);
         self.next_used = self.next_used.wrapping_add(1);
-        self.in_flight.give_back(chain.id);
+        // A record knows of one request that is being given back.
+        if self.in_flight.journal.is_some() {
+            self.publish(memory)?;
+        }
+        self.in_flight.given(chain.id, self.next_used);
         Ok(())
     }
 
@@ -182,7 +240,7 @@ impl Split {
         }
         // The driver first makes requests available and then looks at what the device waits for.
         fence(Ordering::SeqCst);
-        Ok(self.waiting(memory)? > 0)
+        Ok(!self.again.is_empty() || self.waiting(memory)? > 0)
     }
 
     fn used_event(&self) -> u64 {
@@ -192,6 +250,17 @@ impl Split {
     fn avail_event(&self) -> u64 {
         self.layout.device + ENTRIES + 8 * u64::from(self.layout.size)
     }
+}
+
+fn check_layout(layout: &Layout) -> Result<(), Broken> {
+    let size = u64::from(layout.size);
+    if !layout.size.is_power_of_two() {
+        return Err(Broken::Size(layout.size));
+    }
+    check_part(layout.descriptors, size * Descriptor::BYTES, 16)?;
+    // Both rings end with the index of the event that the other side waits for.
+    check_part(layout.driver, ENTRIES + 2 * size + 2, 2)?;
+    check_part(layout.device, ENTRIES + 8 * size + 2, 4)
 }
 
 /// Follows the links within an indirect table.

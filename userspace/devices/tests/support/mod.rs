@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test program uses a part")]
 
 pub mod mapped;
+pub mod mortal;
 pub mod packed;
 pub mod split;
 
