@@ -184,6 +184,11 @@ fn padded(name: &str) -> Result<[u8; VDUSE_NAME_MAX], Error> {
     Ok(bytes)
 }
 
+/// Whether a device can have this name.
+pub(crate) fn check_name(name: &str) -> Result<(), Error> {
+    padded(name).map(drop)
+}
+
 /// The file of a device.
 pub(crate) fn path_of(name: &str) -> Result<std::path::PathBuf, Error> {
     padded(name)?;

@@ -3,6 +3,10 @@
 use std::io;
 use std::path::PathBuf;
 
+use ioregion_devices::virtio::Refusal;
+
+use crate::log::LogFileError;
+
 /// Why a device cannot be made, served or removed. Each names the device or the file.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -60,6 +64,37 @@ pub enum Error {
          the message timeout; remove it and make it anew"
     )]
     Broken(String),
+    /// A driver uses the device, and what it waits for is on no record.
+    #[error(
+        "device {0}: a driver is using it, and this log does not say what it waits for; start the \
+         service with the log of the one before"
+    )]
+    NoRecord(String),
+    /// A driver uses the device with features that it would not have.
+    #[error(
+        "device {name}: a driver is using it, but {refusal}; start the service with the options \
+         of the one before"
+    )]
+    Refused {
+        /// Which device.
+        name: String,
+        /// Why not.
+        refusal: Refusal,
+    },
+    /// The device has other queues than were asked for.
+    #[error(
+        "device {name}: it has not the {queues} queues that were asked for; start the service \
+         with the options of the one before"
+    )]
+    Queues {
+        /// Which device.
+        name: String,
+        /// How many were asked for.
+        queues: u16,
+    },
+    /// The log cannot be used.
+    #[error(transparent)]
+    Log(#[from] LogFileError),
     /// A thread cannot be started or has panicked.
     #[error("device {name}: {what}")]
     Thread {
@@ -73,6 +108,7 @@ pub enum Error {
 fn remedy(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::NotFound => "; is the module vduse loaded (`modprobe vduse`)?",
+        io::ErrorKind::ResourceBusy => "; another process serves the device",
         io::ErrorKind::PermissionDenied => "; run as root, or have the file given to this user",
         _ => "",
     }

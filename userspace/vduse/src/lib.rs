@@ -3,6 +3,7 @@
 //! * [`Control`] makes and removes devices, [`vdpa`] puts them on the vDPA bus.
 //! * [`Service`] serves a [`Device`](ioregion_devices::virtio::Device): it answers the kernel's
 //!   requests and runs a thread for each queue.
+//! * A [`Log`] has another process take the device over where this one dies, at any instruction.
 //! * [`Iotlb`] is the driver's memory, mapped when it is touched and never touched after it was
 //!   taken back.
 //! * [`decode`], [`encode`] and [`Status`] are what the service decides with, without I/O.
@@ -41,6 +42,10 @@
 //! # }
 //! ```
 //!
+//! A service that is to outlive its process is started by [`Service::start_logged`], with the
+//! device's [`Log`]: see there what the next process has to do, which is the same again, but for
+//! [`Control::create`] and [`vdpa::attach`].
+//!
 //! # What a driver cannot do
 //!
 //! Queues, requests and memory are the driver's and are not trusted: a queue that breaks the
@@ -53,6 +58,7 @@
 mod control;
 mod error;
 mod iotlb;
+mod log;
 mod message;
 mod port;
 mod service;
@@ -64,6 +70,7 @@ mod worker;
 pub use control::{Control, DeviceConfig, available};
 pub use error::Error;
 pub use iotlb::{Iotlb, Region, Session, Source, StillPinned};
+pub use log::{Identity, Log, LogFileError, Logged};
 pub use message::{Answer, BadRequest, Request, decode, encode};
 pub use port::{DeviceFile, Port};
 pub use service::{Service, ServiceOptions, offered};

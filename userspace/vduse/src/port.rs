@@ -26,11 +26,20 @@ pub trait Port: AsFd + Source {
     /// The system's.
     fn driver_features(&self) -> io::Result<u64>;
 
+    /// Whether a driver uses the device: the kernel has noted that it is ready. Such a driver is
+    /// told that the configuration space has changed, which does no harm: no other request asks
+    /// the kernel for the status.
+    ///
+    /// # Errors
+    ///
+    /// The system's; `EPERM` where the kernel has given the device up.
+    fn is_driven(&self) -> io::Result<bool>;
+
     /// What the driver set up of a queue.
     ///
     /// # Errors
     ///
-    /// The system's.
+    /// The system's; `EINVAL` where there is no such queue.
     fn queue(&self, index: u32) -> io::Result<VqInfo>;
 
     /// Sets the eventfd by which the driver notifies about a queue, until the next reset.
@@ -110,6 +119,30 @@ impl DeviceFile {
         };
         sys::pass(self.as_fd(), VDUSE_VQ_SETUP, &request).map_err(self.kernel("setting up a queue"))
     }
+
+    /// Checks that the device has so many queues, of one that was there before.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Queues`]; [`Error::Broken`] where the kernel has given the device up.
+    pub fn check_queues(&self, queues: u16) -> Result<(), Error> {
+        let has = |index: u32| match self.queue(index) {
+            Ok(_) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(false),
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+                Err(Error::Broken(self.name.clone()))
+            }
+            Err(error) => Err(self.kernel("asking for a queue")(error)),
+        };
+        let queues_are = u32::from(queues);
+        match queues > 0 && has(queues_are - 1)? && !has(queues_are)? {
+            true => Ok(()),
+            false => Err(Error::Queues {
+                name: self.name.clone(),
+                queues,
+            }),
+        }
+    }
 }
 
 impl AsFd for DeviceFile {
@@ -147,6 +180,14 @@ impl Port for DeviceFile {
         Ok(features)
     }
 
+    fn is_driven(&self) -> io::Result<bool> {
+        match sys::number(self.as_fd(), VDUSE_DEV_INJECT_CONFIG_IRQ) {
+            Ok(()) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     fn queue(&self, index: u32) -> io::Result<VqInfo> {
         let mut info = VqInfo {
             index,
@@ -176,10 +217,7 @@ impl Port for DeviceFile {
         request[4..].copy_from_slice(&length.to_ne_bytes());
         let request = [&request, bytes].concat();
         sys::pass_bytes(self.as_fd(), VDUSE_DEV_SET_CONFIG, &request)?;
-        match sys::number(self.as_fd(), VDUSE_DEV_INJECT_CONFIG_IRQ) {
-            // No driver is there to be told; it reads the space when it comes.
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
-            done => done,
-        }
+        // Where no driver is there to be told, it reads the space when it comes.
+        self.is_driven().map(drop)
     }
 }

@@ -7,12 +7,24 @@
 //! driver's memory nor the driver, and the threads of the next driver wait until it has ended.
 //! Where the kernel may still access the driver's memory for such a file, the reset, or the
 //! request that took memory back, is refused: see [`crate::StillPinned`].
+//!
+//! # Taking over
+//!
+//! A service that dies, in whatever way, leaves its device to the next one. Of the driver it asks
+//! the kernel: its features, its queues, and whether it is ready, which VDUSE tells nobody who did
+//! not hear it, but which interrupts need ([`Port::is_driven`]). Of what is in flight the [`Log`]
+//! tells. Requests of the kernel's that the dead service had read but not answered are asked again,
+//! and before all others; their time runs on. Kicks that nobody heard cost nothing: whoever takes
+//! up a queue looks into it, and interrupts its driver once.
+//!
+//! The log says that a driver is ready before the kernel is told so, and nothing is served before
+//! that: so what the log says of queues is always of the driver that the kernel has.
 
 use std::io;
 use std::os::fd::AsFd as _;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ioregion_abi::vduse::MESSAGE_BYTES;
 use ioregion_devices::virtio::{Device, Format, Position, Refusal};
@@ -26,10 +38,14 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 
 use crate::error::Error;
 use crate::iotlb::{Iotlb, Region, Source, StillPinned};
+use crate::log::{Log, Session};
 use crate::message::{Answer, Request, decode, encode};
 use crate::port::Port;
 use crate::status::{Status, Step};
 use crate::worker::{Health, Running, Shared, Worker};
+
+/// How long the kernel may take to note that a driver is ready, once it has the answer.
+const NOTING: Duration = Duration::from_secs(5);
 
 /// Features without which nothing here works.
 const NEEDED: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_F_ACCESS_PLATFORM;
@@ -82,12 +98,41 @@ impl Service {
     ///
     /// # Errors
     ///
-    /// Where a thread cannot be started.
+    /// Where a thread cannot be started; [`Error::NoRecord`] where a driver uses the device
+    /// already; [`Error::Broken`] where the kernel has given it up.
     pub fn start<P: Port + 'static>(
         name: &str,
         port: P,
         device: Arc<dyn Device>,
         options: ServiceOptions,
+    ) -> Result<Self, Error> {
+        Self::launch(name, port, device, options, None)
+    }
+
+    /// Starts to serve a device such that another process can go on where this one dies, or goes
+    /// on where another one died. A driver that uses the device already notices nothing, but that
+    /// it is told to look at the configuration space.
+    ///
+    /// # Errors
+    ///
+    /// As [`start`](Self::start); [`Error::NoRecord`] where the log is not of the driver that
+    /// uses the device, [`Error::Refused`] where that driver has features that are not offered.
+    pub fn start_logged<P: Port + 'static>(
+        name: &str,
+        port: P,
+        device: Arc<dyn Device>,
+        options: ServiceOptions,
+        log: Arc<Log>,
+    ) -> Result<Self, Error> {
+        Self::launch(name, port, device, options, Some(log))
+    }
+
+    fn launch<P: Port + 'static>(
+        name: &str,
+        port: P,
+        device: Arc<dyn Device>,
+        options: ServiceOptions,
+        log: Option<Arc<Log>>,
     ) -> Result<Self, Error> {
         let failed = |what: &str, error: io::Error| Error::Thread {
             name: name.into(),
@@ -114,7 +159,13 @@ impl Service {
             stop: Arc::clone(&stop),
             queues: Arc::clone(&queues),
             running: Vec::new(),
+            log,
+            starting: false,
         };
+        if let Err(error) = messages.take_over() {
+            messages.quiesce();
+            return Err(error);
+        }
         let tell = Arc::clone(&ended);
         let thread = std::thread::Builder::new()
             .name(format!("{name}-messages"))
@@ -231,6 +282,9 @@ struct Messages<P: Port> {
     queues: Arc<Mutex<Vec<Arc<Shared>>>>,
     /// Threads that may not have ended, by driver; those of the last one come last.
     running: Vec<Arc<Running>>,
+    log: Option<Arc<Log>>,
+    /// The queues' threads wait for the kernel to get its answer.
+    starting: bool,
 }
 
 impl<P: Port + 'static> Messages<P> {
@@ -257,6 +311,60 @@ impl<P: Port + 'static> Messages<P> {
         }
     }
 
+    /// Goes on where another service died, if a driver uses the device.
+    fn take_over(&mut self) -> Result<(), Error> {
+        if !self.is_driven()? {
+            return Ok(());
+        }
+        let session = self.log.as_ref().map_or(Session::None, |log| log.session());
+        if session == Session::None {
+            return Err(Error::NoRecord(self.name.clone()));
+        }
+        let features = self.port.driver_features();
+        let features = features.map_err(|error| self.failed("asking for features", error))?;
+        self.check(features).map_err(|refusal| Error::Refused {
+            name: self.name.clone(),
+            refusal,
+        })?;
+        self.status = Status::ready(features);
+        if session == Session::Ending {
+            // The driver asks for its reset again, and for nothing else.
+            return Ok(());
+        }
+        let device = &self.name;
+        tracing::info!(device, "going on where another service died");
+        self.start_queues(features)
+            .map_err(|error| self.failed("serving its queues", error))?;
+        self.release();
+        // It may have changed while nobody looked.
+        let config = self.device.config();
+        let changed = self.port.change_config(0, &config);
+        changed.map_err(|error| self.failed("changing its configuration space", error))
+    }
+
+    /// Whether a driver uses the device.
+    fn is_driven(&self) -> Result<bool, Error> {
+        let until = Instant::now() + NOTING;
+        let driver_answered =
+            (self.log.as_ref()).is_some_and(|log| log.session() == Session::Driver);
+        loop {
+            // Before the kernel is asked: it notes what was answered before it asks again.
+            let mut fds = [PollFd::new(self.port.as_fd(), PollFlags::POLLIN)];
+            let asks = poll(&mut fds, PollTimeout::ZERO).is_ok_and(|count| count > 0);
+            match self.port.is_driven() {
+                Ok(true) => return Ok(true),
+                Ok(false) if asks || !driver_answered || Instant::now() > until => {
+                    return Ok(false);
+                }
+                Ok(false) => std::thread::sleep(Duration::from_millis(5)),
+                Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+                    return Err(Error::Broken(self.name.clone()));
+                }
+                Err(error) => return Err(self.failed("asking for the driver", error)),
+            }
+        }
+    }
+
     /// One request and its answer.
     fn one(&mut self) -> Result<(), Error> {
         let mut bytes = [0; MESSAGE_BYTES];
@@ -279,7 +387,11 @@ impl<P: Port + 'static> Messages<P> {
                 Answer::Refused
             }
         };
-        match nix::unistd::write(self.port.as_fd(), &encode(id, &answer)) {
+        let written = nix::unistd::write(self.port.as_fd(), &encode(id, &answer));
+        if std::mem::take(&mut self.starting) {
+            self.release();
+        }
+        match written {
             Ok(MESSAGE_BYTES) => Ok(()),
             // Too late, or whoever asked was killed: if it matters, the device is now broken,
             // which the next look at it tells.
@@ -351,33 +463,35 @@ impl<P: Port + 'static> Messages<P> {
                 return Answer::Refused;
             }
         };
-        let (offered, device) = (self.offered, &self.device);
-        let check = |features: u64| {
-            let (extra, missing) = (features & !offered, NEEDED & !features);
-            if extra != 0 {
-                return Err(Refusal::NotOffered(extra));
-            }
-            if missing != 0 {
-                return Err(Refusal::Missing(missing));
-            }
-            device.check_features(features & device.features())
-        };
-        match self.status.write(bits, features, check) {
+        let mut status = before;
+        let step = status.write(bits, features, |features| self.check(features));
+        self.status = status;
+        match step {
             Ok(Step::Noted) => Answer::Done,
             Ok(Step::Reset) => {
                 let taken = self.quiesce();
+                self.end_session();
                 self.taken_back(taken)
             }
-            Ok(Step::Start(features)) => match self.start_queues(features) {
-                Ok(()) => Answer::Done,
-                Err(error) => {
-                    tracing::error!(device = self.name, %error, "queues cannot be served");
-                    // No queue has begun a request.
-                    let _ = self.quiesce();
-                    self.status.undo(before);
-                    Answer::Refused
+            Ok(Step::Start(features)) => {
+                if let Some(log) = &self.log {
+                    log.begin_session();
                 }
-            },
+                match self.start_queues(features) {
+                    Ok(()) => {
+                        self.starting = true;
+                        Answer::Done
+                    }
+                    Err(error) => {
+                        tracing::error!(device = self.name, %error, "queues cannot be served");
+                        // No queue has begun a request.
+                        let _ = self.quiesce();
+                        self.end_session();
+                        self.status.undo(before);
+                        Answer::Refused
+                    }
+                }
+            }
             Err(error) => {
                 tracing::warn!(device = self.name, %error, "a status is refused");
                 Answer::Refused
@@ -385,6 +499,32 @@ impl<P: Port + 'static> Messages<P> {
         }
     }
 
+    /// Whether the device works with features that a driver took.
+    fn check(&self, features: u64) -> Result<(), Refusal> {
+        let (extra, missing) = (features & !self.offered, NEEDED & !features);
+        if extra != 0 {
+            return Err(Refusal::NotOffered(extra));
+        }
+        if missing != 0 {
+            return Err(Refusal::Missing(missing));
+        }
+        self.device
+            .check_features(features & self.device.features())
+    }
+
+    fn end_session(&self) {
+        if let Some(log) = &self.log {
+            log.end_session();
+        }
+    }
+
+    /// Lets the queues' threads begin: the kernel knows that the driver is ready.
+    fn release(&self) {
+        let queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
+        queues.iter().for_each(|shared| shared.release());
+    }
+
+    /// Starts the queues' threads, which wait for their release.
     fn start_queues(&mut self, features: u64) -> io::Result<()> {
         self.running.retain(|running| !running.wait(Duration::ZERO));
         let before = self.running.clone();
@@ -403,6 +543,7 @@ impl<P: Port + 'static> Messages<P> {
                 session: session.clone(),
                 shared: Arc::clone(&shared),
                 before: before.clone(),
+                log: self.log.clone(),
             };
             let entered = running.enter();
             std::thread::Builder::new()

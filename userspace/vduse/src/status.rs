@@ -57,6 +57,13 @@ pub struct Status {
 }
 
 impl Status {
+    /// That of a device whose driver is ready with these features.
+    #[must_use]
+    pub fn ready(features: u64) -> Self {
+        let bits = SETTABLE & !(VIRTIO_CONFIG_S_FAILED as u8);
+        Self { bits, features }
+    }
+
     /// What the driver reads.
     #[must_use]
     pub fn bits(self) -> u8 {

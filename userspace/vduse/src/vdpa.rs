@@ -40,7 +40,8 @@ mod wire {
 use wire::{Attribute, Command};
 
 /// Puts a device on the bus. A driver that takes it is done with its set-up when this returns, so
-/// whoever serves the device must do so on another thread.
+/// whoever serves the device must do so on another thread. Better in another process: a process
+/// that is killed here is not gone, and nobody can take its devices over, before the driver is done.
 ///
 /// # Errors
 ///
@@ -54,8 +55,16 @@ pub fn attach(name: &str) -> Result<(), Error> {
     send(name, "putting it on", Command::DevNew, &attributes)
 }
 
+/// Whether a device is on the bus.
+#[must_use]
+pub fn is_attached(name: &str) -> bool {
+    std::path::Path::new("/sys/bus/vdpa/devices")
+        .join(name)
+        .exists()
+}
+
 /// Takes a device off the bus. Its driver lets go of it before this returns; it must be served
-/// meanwhile.
+/// meanwhile, better by another process, as with [`attach`].
 ///
 /// # Errors
 ///

@@ -16,6 +16,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use crate::iotlb::Session;
+use crate::log::Log;
 use crate::port::Port;
 
 /// How long an interrupt is tried while the kernel has not noted that the driver is ready: it
@@ -76,6 +77,8 @@ impl Drop for Entered {
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) stop: AtomicBool,
+    /// The worker may begin.
+    begin: AtomicBool,
     pub(crate) kick: EventFd,
     /// Where the queue stood when nothing was in flight last.
     pub(crate) position: Mutex<Option<Position>>,
@@ -88,10 +91,18 @@ impl Shared {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         Ok(Self {
             stop: AtomicBool::new(false),
+            begin: AtomicBool::new(false),
             kick: EventFd::from_value_and_flags(0, flags)?,
             position: Mutex::new(None),
             health: Mutex::new(Health::Waiting),
         })
+    }
+
+    /// Lets the worker begin.
+    pub(crate) fn release(&self) {
+        self.begin.store(true, Ordering::Release);
+        // Full is as good.
+        let _ = self.kick.write(1);
     }
 
     /// Has the worker end as soon as it can.
@@ -118,6 +129,7 @@ pub(crate) struct Worker<P: Port> {
     /// Threads of drivers before this one: what they still write must not come after what this
     /// one writes.
     pub(crate) before: Vec<Arc<Running>>,
+    pub(crate) log: Option<Arc<Log>>,
 }
 
 /// Why a worker ends.
@@ -168,12 +180,20 @@ impl<P: Port> Worker<P> {
                 self.check_stopped()?;
             }
         }
+        while !self.shared.begin.load(Ordering::Acquire) {
+            self.check_stopped()?;
+            self.wait(None, PollTimeout::NONE)?;
+        }
         let info = self.wait_for_queue()?;
         let (setup, position) = self.setup(&info)?;
-        let mut queue = Queue::new(&self.session, &setup, position)?;
         let mut lane = Arc::clone(&self.device).lane(self.index, self.features)?;
-        self.note(&queue);
+        let (mut queue, resumed) = self.take_up(&setup, position)?;
+        self.note_position(queue.position());
         self.shared.set_health(Health::Running);
+        if resumed {
+            // Whoever served it before may not have done so.
+            self.interrupt()?;
+        }
         loop {
             queue.disable_kicks(&self.session)?;
             while self.turn(&mut queue, &mut *lane)? {}
@@ -183,6 +203,22 @@ impl<P: Port> Worker<P> {
             }
             self.check_stopped()?;
         }
+    }
+
+    /// The queue as the driver set it up, or as whoever served it before left it, which is told.
+    fn take_up(&self, setup: &Setup, at: Position) -> Result<(Queue, bool), Broken> {
+        let log = self.log.as_ref().and_then(|log| log.queue(self.index));
+        let Some(log) = log else {
+            return Ok((Queue::new(&self.session, setup, at)?, false));
+        };
+        if !log.is_active()? {
+            return Ok((Queue::begin(&self.session, setup, at, log)?, false));
+        }
+        let queue = Queue::resume(&self.session, setup, log)?;
+        let (device, queue_index) = (&self.name, self.index);
+        let in_flight = queue.in_flight();
+        tracing::info!(device, queue = queue_index, in_flight, "taken over");
+        Ok((queue, true))
     }
 
     /// Hands the lane what it takes and gives back what is done; whether there was anything.
@@ -208,6 +244,9 @@ impl<P: Port> Worker<P> {
         }
         // What finished in part goes on.
         lane.flush()?;
+        if let Some(log) = &self.log {
+            log.check();
+        }
         Ok(progress)
     }
 
@@ -233,11 +272,15 @@ impl<P: Port> Worker<P> {
     }
 
     fn note(&self, queue: &Queue) {
+        if queue.in_flight() == 0 {
+            self.note_position(queue.position());
+        }
+    }
+
+    fn note_position(&self, at: Position) {
         let mut position = self.shared.position.lock();
         let position = position.as_mut().unwrap_or_else(|error| error.get_mut());
-        if queue.in_flight() == 0 {
-            **position = Some(queue.position());
-        }
+        **position = Some(at);
     }
 
     /// Waits for a notification, from the driver, of the end, or of the lane.

@@ -38,6 +38,8 @@ struct Kernel {
     memory: File,
     features: AtomicU64,
     ready: AtomicBool,
+    /// The driver was ready before the service.
+    driven: AtomicBool,
     kick: Mutex<Option<OwnedFd>>,
     setup: Setup,
     interrupts: Mutex<Sender<()>>,
@@ -75,6 +77,10 @@ impl Source for Fake {
 impl Port for Fake {
     fn driver_features(&self) -> io::Result<u64> {
         Ok(self.kernel.features.load(Ordering::SeqCst))
+    }
+
+    fn is_driven(&self) -> io::Result<bool> {
+        Ok(self.kernel.driven.load(Ordering::SeqCst))
     }
 
     fn queue(&self, index: u32) -> io::Result<VqInfo> {
@@ -188,6 +194,7 @@ impl Rig {
             memory,
             features: AtomicU64::new(NEEDED | packed | 1),
             ready: AtomicBool::new(true),
+            driven: AtomicBool::new(false),
             kick: Mutex::new(None),
             setup,
             interrupts: Mutex::new(sender),

@@ -4,7 +4,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU16, Ordering, fence};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering, fence};
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use vm_memory::VolatileSlice;
@@ -131,6 +131,14 @@ impl Mapping {
         Ok(())
     }
 
+    /// The eight bytes at `offset`; nothing where they are not aligned. Panics where `slice` does.
+    fn long(&self, offset: u64) -> Option<&AtomicU64> {
+        let pointer = self.slice(offset, 8).ptr_guard_mut().as_ptr();
+        // SAFETY: As in `word`.
+        let long = || unsafe { AtomicU64::from_ptr(pointer.cast()) };
+        pointer.addr().is_multiple_of(8).then(long)
+    }
+
     /// Copies out of a readable mapping; panics where `slice` does.
     pub(crate) fn read(&self, offset: u64, into: &mut [u8]) {
         self.slice(offset, into.len()).copy_to(into);
@@ -154,6 +162,18 @@ impl Mapping {
     /// `slice` does.
     pub(crate) fn store(&self, offset: u64, value: u16) -> Option<()> {
         self.word(offset)?.store(value.to_le(), Ordering::Release);
+        Some(())
+    }
+
+    /// Reads eight bytes of a mapping that can be read and written, in host byte order; nothing
+    /// where they are not aligned. Panics where `slice` does.
+    pub(crate) fn load_long(&self, offset: u64) -> Option<u64> {
+        Some(self.long(offset)?.load(Ordering::Acquire))
+    }
+
+    /// Writes eight bytes at once. The rest as [`load_long`](Self::load_long).
+    pub(crate) fn store_long(&self, offset: u64, value: u64) -> Option<()> {
+        self.long(offset)?.store(value, Ordering::Release);
         Some(())
     }
 }
