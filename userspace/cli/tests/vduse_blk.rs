@@ -297,31 +297,30 @@ fn driver_may_let_go_under_load_and_come_back() {
 }
 
 #[test]
-fn service_that_answers_too_late_says_so_and_removes_its_device() {
+fn service_that_answers_too_late_says_so_and_makes_its_device_anew() {
     let dir = tempfile::tempdir().unwrap();
     let image = image(&dir, MIB);
+    let said = dir.path().join("said");
     let mut command = command("late", &image);
-    let mut service = Service::start_as("late", command.stderr(Stdio::piped()));
+    let mut service = Service::start_as("late", command.stderr(File::create(&said).unwrap()));
+    for times in 1..3 {
+        write_and_compare(&service, &image, 1);
+        fs::write("/sys/class/vduse/late/msg_timeout", "1").unwrap();
+        service.signal(Signal::SIGSTOP);
+        // The driver resets the device, in vain, and goes.
+        driver("unbind", "late");
+        assert_eq!(disk_with("serial-late"), None);
+        service.signal(Signal::SIGCONT);
+        // Nobody binds the driver: it finds a new device.
+        service.disk = disk_named("serial-late", || {});
+        let text = fs::read_to_string(&said).unwrap();
+        let says = "device late: the kernel has marked it broken";
+        assert_eq!(text.matches(says).count(), times, "{text}");
+        let timeout = fs::read_to_string("/sys/class/vduse/late/msg_timeout").unwrap();
+        assert_eq!(timeout.trim(), "30");
+    }
     write_and_compare(&service, &image, 1);
-    fs::write("/sys/class/vduse/late/msg_timeout", "1").unwrap();
-    service.signal(Signal::SIGSTOP);
-    // The driver resets the device, in vain, and goes.
-    driver("unbind", "late");
-    service.signal(Signal::SIGCONT);
-    assert_eq!(wait(&mut service.child).code(), Some(1));
-    let mut text = String::new();
-    service
-        .child
-        .stderr
-        .take()
-        .unwrap()
-        .read_to_string(&mut text)
-        .unwrap();
-    assert!(
-        text.contains("device late: the kernel has marked it broken"),
-        "{text}"
-    );
-    service.is_gone();
+    service.end();
 }
 
 #[test]
@@ -365,7 +364,7 @@ fn service_that_cannot_start_says_why_and_leaves_nothing_behind() {
         assert!(text.contains(says), "{text}");
     };
     fails("second", &image, "in use by another process");
-    fails("first", &other, "File exists");
+    fails("first", &other, "another process serves the device");
     fails("a/b", &other, "cannot be a device's name");
     fails("third", Path::new("/nonexistent"), "/nonexistent");
     assert!(!Path::new("/dev/vduse/second").exists());

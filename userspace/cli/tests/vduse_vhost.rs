@@ -266,3 +266,106 @@ fn hostile_vmm_breaks_its_queue_and_nothing_else() {
     drop(vmm);
     service.end();
 }
+
+#[test]
+fn memory_that_comes_and_goes_under_load_loses_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = image(&dir, MIB);
+    let (service, node) = start("moving", &path);
+    let mut vmm = Vmm::connect(&node);
+    vmm.map(BYTES as u64);
+    vmm.start(false);
+    // Each time anything is mapped or unmapped, the kernel takes all mappings back.
+    let spare = Flat::BASE + (1 << 30);
+    let at = vmm
+        .mapped
+        .get_host_address(GuestAddress(Flat::BASE))
+        .unwrap();
+    for round in 0..200u64 {
+        // Two sectors are written, and two others are read that were written the round before.
+        let memory = OnFile(&vmm.memory);
+        let byte = |round: u64, sector: u64| (round * 7 + sector) as u8;
+        let places: Vec<(u32, u64, u64)> = (0..4u64)
+            .map(|number| {
+                let kind = if number < 2 { OUT } else { IN };
+                let sector = 2 * ((round + u64::from(number >= 2)) % 2) + number % 2;
+                (kind, sector, DATA + 0x1000 * (1 + number))
+            })
+            .collect();
+        for &(kind, sector, at) in &places {
+            put(&memory, at, &kind.to_le_bytes());
+            put(&memory, at + 8, &sector.to_le_bytes());
+            put(&memory, at + 16, &[0xff]);
+            let content = if kind == OUT {
+                byte(round, sector)
+            } else {
+                0xee
+            };
+            put(&memory, at + 512, &[content; 512]);
+            let ranges = [
+                (at, 16, false),
+                (at + 512, 512, kind == IN),
+                (at + 16, 1, true),
+            ];
+            vmm.driver.add(&memory, &ranges, false).unwrap();
+        }
+        vmm.kick.write(1).unwrap();
+        let until = Instant::now() + LONG;
+        let mut done = 0;
+        let mut changes = 0;
+        while done < places.len() || changes == 0 {
+            assert!(Instant::now() < until, "{done} of {}", places.len());
+            vmm.vdpa.dma_map(spare, 4096, at, false).unwrap();
+            vmm.vdpa.dma_unmap(spare, 4096).unwrap();
+            changes += 1;
+            done += vmm.driver.collect(&OnFile(&vmm.memory)).len();
+        }
+        assert_eq!(done, places.len());
+        for &(kind, sector, at) in &places {
+            assert_eq!(vmm.get(at + 16, 1), [OK], "round {round}");
+            if kind == IN && round > 0 {
+                let expected = vec![byte(round - 1, sector); 512];
+                assert!(vmm.get(at + 512, 512) == expected, "round {round}");
+            }
+        }
+    }
+    drop(vmm);
+    service.end();
+}
+
+#[test]
+fn service_that_was_killed_is_followed_by_another_under_a_vmm() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = image(&dir, MIB);
+    let (mut service, node) = start("vmm-killed", &path);
+    let mut vmm = Vmm::connect(&node);
+    vmm.map(BYTES as u64);
+    vmm.start(false);
+    let at = DATA + 0x1000;
+    for round in 0..5u8 {
+        vmm.put(at, &[round; 4096]);
+        assert_eq!(vmm.ask(OUT, u64::from(round), at, 512), Some(OK));
+        service.signal(nix::sys::signal::Signal::SIGKILL);
+        support::wait(&mut service.child);
+        // The kernel asks while nobody serves; it is answered first.
+        std::thread::scope(|scope| {
+            if round % 2 == 0 {
+                let vdpa = &vmm.vdpa;
+                let host = vmm.mapped.get_host_address(GuestAddress(Flat::BASE));
+                let host = host.unwrap() as usize;
+                scope.spawn(move || {
+                    let spare = Flat::BASE + (1 << 30);
+                    vdpa.dma_map(spare, 4096, host as *const u8, false).unwrap();
+                    vdpa.dma_unmap(spare, 4096).unwrap();
+                });
+            }
+            let mut command = support::command("vmm-killed", &path);
+            let serial = ["--serial", "serial-vmm-killed"];
+            service.child = command.args(serial).spawn().unwrap();
+        });
+        assert_eq!(vmm.ask(IN, u64::from(round), at + 4096, 512), Some(OK));
+        assert_eq!(vmm.get(at + 4096, 512), [round; 512]);
+    }
+    drop(vmm);
+    service.end();
+}

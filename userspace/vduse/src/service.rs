@@ -163,7 +163,7 @@ impl Service {
             starting: false,
         };
         if let Err(error) = messages.take_over() {
-            messages.quiesce();
+            let _ = messages.quiesce();
             return Err(error);
         }
         let tell = Arc::clone(&ended);

@@ -12,9 +12,15 @@ const ONE_IN: u32 = 10;
 /// How long the kernel's tests make up ioctls with `--full`.
 const FUZZ_SECONDS: u32 = 300;
 
+/// How often a full run kills a service under load; otherwise the tests say.
+const KILLS: u32 = 100;
+
 /// Variables for all programs, said to the user where they change what runs.
 pub fn environment(accelerator: Accelerator, args: &VmArgs) -> Vec<(String, String)> {
     let mut set = Vec::new();
+    if args.full {
+        set.push(("IOREGION_TEST_KILLS", KILLS));
+    }
     if args.full && args.has_patches() {
         set.push(("FUZZ_SECONDS", FUZZ_SECONDS));
     }

@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use ioregion_devices::net::{MIN_QUEUE_SIZE, Mac, Net, Options, Tap};
 use ioregion_vduse::ServiceOptions;
 
-use super::{queue_size, serve};
+use super::{Served, queue_size};
 
 #[derive(Debug, Args)]
 pub(crate) struct NetArgs {
@@ -60,8 +60,16 @@ pub(super) fn run(args: &NetArgs) -> Result<()> {
     };
     // Nothing of its configuration ever changes.
     let refresh = || Ok(false);
-    let device = Arc::clone(&net) as _;
-    let served = serve(&args.name, device, args.queue_size, options, &refresh);
+    let served = Served {
+        name: &args.name,
+        device: Arc::clone(&net) as _,
+        queue_size: args.queue_size,
+        options,
+        // A record knows of one buffer at a time, and a packet can lie in several.
+        log: None,
+        refresh: &refresh,
+    };
+    let served = served.run();
     tracing::info!(traffic = ?net.traffic(), "packets");
     served
 }

@@ -177,6 +177,7 @@ impl Packed {
             event_idx: setup.event_idx,
             avail,
             used,
+            staged: None,
             unnotified: 0,
             slots,
             in_flight,
