@@ -229,7 +229,7 @@ fn service_that_cannot_take_over_says_why_and_changes_nothing() {
     fails(&[], "it has not the 1 queues");
     fails(
         &[&same[..], &["--packed"]].concat(),
-        "with the options of the one before",
+        "the options of the one before",
     );
     fails(
         &[&same[..], &["--queue-size", "16"]].concat(),

@@ -137,10 +137,11 @@ impl Load {
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let expected = Stat {
             reads: self.before.reads + count(&self.counts.reads),
-            writes: self.before.writes + count(&self.counts.writes),
+            // A flush counts as a write of nothing.
+            writes: self.before.writes + count(&self.counts.writes) + count(&self.counts.flushes),
             in_flight: 0,
         };
-        assert_eq!(after, expected);
+        assert_eq!(after, expected, "{:?}", self.counts);
         let mut data = buffer();
         for file in [open(&self.disk, libc::O_DIRECT), open(&self.image, 0)] {
             for (block, &version) in (0..).zip(&versions) {
