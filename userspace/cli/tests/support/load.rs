@@ -59,13 +59,28 @@ fn stat(disk: &Path) -> Stat {
     }
 }
 
+/// What the kernel counts once it has looked for partitions.
+fn at_rest(disk: &Path) -> Stat {
+    // Opening waits for that.
+    drop(open(disk, libc::O_DIRECT));
+    let until = Instant::now() + LONG;
+    loop {
+        let before = stat(disk);
+        std::thread::sleep(Duration::from_millis(300));
+        if stat(disk) == before && before.in_flight == 0 {
+            return before;
+        }
+        assert!(Instant::now() < until, "the disk is never at rest");
+    }
+}
+
 impl Load {
     /// Starts `threads` threads, each with `blocks` blocks of 4096 bytes.
     pub fn start(disk: &Path, image: &Path, threads: u64, blocks: u64, seed: u64) -> Self {
         println!("load: seed {seed}");
         let stop = Arc::new(AtomicBool::new(false));
         let counts = Arc::new(Counts::default());
-        let before = stat(disk);
+        let before = at_rest(disk);
         let threads = (0..threads).map(|thread| {
             let worker = Worker {
                 disk: open(disk, libc::O_DIRECT),
