@@ -126,7 +126,8 @@ fn log_of_a_device_with_other_options_is_refused_with_the_remedy() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("log");
     drop(open(&path, &logged(1)).unwrap());
-    let change: [(&str, fn(&mut Logged)); 4] = [
+    type Change = fn(&mut Logged);
+    let change: [(&str, Change); 4] = [
         ("features", |logged| logged.features ^= 1),
         ("type", |logged| logged.kind = 1),
         ("2 queues", |logged| logged.queues = 3),
