@@ -149,7 +149,8 @@ pub fn disk_with(serial: &str) -> Option<PathBuf> {
         (says.trim() == serial).then(|| entry.file_name())
     })?;
     let disk = Path::new("/dev").join(name);
-    disk.exists().then_some(disk)
+    // The file is there before the disk is.
+    File::open(&disk).is_ok().then_some(disk)
 }
 
 pub fn image(dir: &tempfile::TempDir, bytes: u64) -> PathBuf {
