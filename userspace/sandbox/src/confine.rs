@@ -1,0 +1,271 @@
+//! What a process keeps, and taking away the rest.
+
+use std::path::{Path, PathBuf};
+
+use caps::{CapSet, Capability, CapsHashSet};
+use landlock::{
+    ABI, Access as _, AccessFs, AccessNet, CompatLevel, Compatible as _, PathBeneath, PathFd,
+    Ruleset, RulesetAttr as _, RulesetCreated, RulesetCreatedAttr as _, RulesetStatus, Scope,
+};
+use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::unistd::{chdir, chroot, geteuid, setgroups, setresgid, setresuid};
+
+use crate::calls::Calls;
+use crate::error::{Error, system};
+use crate::process::threads;
+use crate::user::User;
+use crate::violation;
+
+/// The newest Landlock that this program knows; of what a kernel does not have, less is
+/// restricted.
+const LANDLOCK: ABI = ABI::V6;
+
+/// What a process may do with a file that it opens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FileAccess {
+    /// Read.
+    Read,
+    /// Read and write.
+    ReadWrite,
+}
+
+/// What a process keeps.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Confinement {
+    calls: Calls,
+    user: Option<User>,
+    net_admin: bool,
+    isolated: bool,
+    network: bool,
+    files: Vec<(PathBuf, FileAccess)>,
+    locked_memory: Option<u64>,
+}
+
+impl Confinement {
+    /// Nothing but these system calls, and what is open.
+    #[must_use]
+    pub fn new(calls: Calls) -> Self {
+        Self {
+            calls,
+            user: None,
+            net_admin: false,
+            isolated: false,
+            network: false,
+            files: Vec::new(),
+            locked_memory: None,
+        }
+    }
+
+    /// Becomes this user, which only root can. Otherwise the user stays.
+    #[must_use]
+    pub fn user(mut self, user: User) -> Self {
+        self.user = Some(user);
+        self
+    }
+
+    /// Keeps `CAP_NET_ADMIN`, where the process has it, and the network.
+    #[must_use]
+    pub fn net_admin(mut self) -> Self {
+        (self.net_admin, self.network) = (true, true);
+        self
+    }
+
+    /// Moves into an empty root folder and a network of its own with nobody in it, where the
+    /// process has the right to. Then sockets reach nobody, not even by path or over io_uring.
+    #[must_use]
+    pub fn isolated(mut self) -> Self {
+        self.isolated = true;
+        self
+    }
+
+    /// Keeps the right to open a file; the root folder then stays.
+    #[must_use]
+    pub fn file(mut self, path: &Path, access: FileAccess) -> Self {
+        self.files.push((path.into(), access));
+        self
+    }
+
+    /// Sets how many bytes the process may lock into memory (rings and buffers of io_uring), for
+    /// which root needs no limit, but others do. As far as the process has the right to.
+    #[must_use]
+    pub fn locked_memory(mut self, bytes: u64) -> Self {
+        self.locked_memory = Some(bytes);
+        self
+    }
+
+    /// Takes everything else away from this process, and from the threads and processes that it
+    /// will start. There is no way back, and after an error the process is confined in part: it
+    /// has to end.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Threads`] where there are threads already; whatever could not be taken away.
+    pub fn apply(self) -> Result<(), Error> {
+        match threads()? {
+            1 => {}
+            more => return Err(Error::Threads(more)),
+        }
+        let root = geteuid().is_root();
+        if let Some(user) = self.user
+            && !root
+        {
+            return Err(Error::NotRoot(user));
+        }
+        // All that needs paths or rights, before both go.
+        let rules = self.rules()?;
+        if let Some(bytes) = self.locked_memory {
+            lock_memory(bytes)?;
+        }
+        let isolated = self.isolate()?;
+        self.drop_rights()?;
+
+        let status = rules
+            .restrict_self()
+            .map_err(|error| Error::Landlock(error.to_string()))?;
+        if status.ruleset == RulesetStatus::NotEnforced {
+            return Err(Error::Landlock("it is not enforced".into()));
+        }
+        if status.ruleset == RulesetStatus::PartiallyEnforced {
+            tracing::warn!("this kernel's Landlock is older than 6.12: signals and TCP are free");
+        }
+        violation::install()?;
+        let calls = self.calls.paths(!self.files.is_empty());
+        for program in calls.signalling(std::process::id()).programs()? {
+            seccompiler::apply_filter(&program)
+                .map_err(|error| Error::Filter(error.to_string()))?;
+        }
+        let user = self.user.map(tracing::field::display);
+        tracing::debug!(user, isolated, "confined");
+        Ok(())
+    }
+
+    /// What Landlock is to allow.
+    fn rules(&self) -> Result<RulesetCreated, Error> {
+        let failed = |error: landlock::RulesetError| Error::Landlock(error.to_string());
+        let all = AccessFs::from_all(LANDLOCK);
+        // Nothing at all is no choice; what came later is.
+        let mut rules = Ruleset::default()
+            .set_compatibility(CompatLevel::HardRequirement)
+            .handle_access(AccessFs::from_all(ABI::V1))
+            .map_err(failed)?
+            .set_compatibility(CompatLevel::BestEffort)
+            .handle_access(all)
+            .map_err(failed)?
+            .scope(Scope::from_all(LANDLOCK))
+            .map_err(failed)?;
+        if !self.network {
+            rules = rules
+                .handle_access(AccessNet::from_all(LANDLOCK))
+                .map_err(failed)?;
+        }
+        let mut rules = rules.create().map_err(failed)?;
+        for (path, access) in &self.files {
+            let bad = |why: String| Error::File {
+                path: path.clone(),
+                why,
+            };
+            let file = PathFd::new(path).map_err(|error| bad(error.to_string()))?;
+            let access = match access {
+                FileAccess::Read => AccessFs::ReadFile.into(),
+                FileAccess::ReadWrite => AccessFs::ReadFile | AccessFs::WriteFile,
+            };
+            rules = rules
+                .add_rule(PathBeneath::new(file, access))
+                .map_err(|error| bad(error.to_string()))?;
+        }
+        Ok(rules)
+    }
+
+    /// Whether the process has moved away from everybody else.
+    fn isolate(&self) -> Result<bool, Error> {
+        if !self.isolated {
+            return Ok(false);
+        }
+        let may = caps::has_cap(None, CapSet::Effective, Capability::CAP_SYS_ADMIN);
+        if !may.map_err(failed("reading capabilities"))? {
+            tracing::warn!("without CAP_SYS_ADMIN there is no empty root folder or network");
+            return Ok(false);
+        }
+        let mut spaces = CloneFlags::CLONE_NEWIPC;
+        spaces.set(CloneFlags::CLONE_NEWNET, !self.network);
+        spaces.set(CloneFlags::CLONE_NEWNS, self.files.is_empty());
+        unshare(spaces).map_err(system("namespaces of its own"))?;
+        if self.files.is_empty() {
+            let none = None::<&str>;
+            let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+            let empty = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+            // A folder that is there wherever there are devices, in this namespace only.
+            let place = "/dev";
+            mount(none, "/", none, private, none)
+                .and_then(|()| {
+                    let options = Some("size=4k,mode=0");
+                    let flags = empty | MsFlags::MS_RDONLY;
+                    mount(Some("empty"), place, Some("tmpfs"), flags, options)
+                })
+                .and_then(|()| chroot(place))
+                .and_then(|()| chdir("/"))
+                .map_err(system("an empty root folder"))?;
+        }
+        Ok(true)
+    }
+
+    /// Gives up user, groups and capabilities.
+    fn drop_rights(&self) -> Result<(), Error> {
+        let dropped = "dropping capabilities";
+        let root = caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP);
+        if root.map_err(failed("reading capabilities"))? {
+            caps::clear(None, CapSet::Bounding).map_err(failed(dropped))?;
+        }
+        let has = caps::read(None, CapSet::Permitted).map_err(failed("reading capabilities"))?;
+        if let Some(user) = self.user {
+            setgroups(&[]).map_err(system("leaving groups"))?;
+            let (uid, gid) = (user.uid(), user.gid());
+            setresgid(gid, gid, gid).map_err(system("changing the group"))?;
+            setresuid(uid, uid, uid).map_err(system("changing the user"))?;
+        }
+        let mut keep = CapsHashSet::new();
+        // A change of user has taken it away.
+        if self.net_admin && self.user.is_none() && has.contains(&Capability::CAP_NET_ADMIN) {
+            keep.insert(Capability::CAP_NET_ADMIN);
+        }
+        // The kernel may be too old for ambient ones; it then has none.
+        let _ = caps::clear(None, CapSet::Ambient);
+        caps::set(None, CapSet::Inheritable, &CapsHashSet::new()).map_err(failed(dropped))?;
+        caps::set(None, CapSet::Effective, &keep).map_err(failed(dropped))?;
+        caps::set(None, CapSet::Permitted, &keep).map_err(failed(dropped))?;
+        for (what, option, value) in [
+            ("giving up new privileges", libc::PR_SET_NO_NEW_PRIVS, 1),
+            // Nobody of the same user looks into this process or leads it astray.
+            ("closing the process to others", libc::PR_SET_DUMPABLE, 0),
+        ] {
+            // SAFETY: Both take an integer and touch no memory.
+            let done = unsafe { libc::prctl(option, value, 0, 0, 0) };
+            Errno::result(done).map_err(system(what))?;
+        }
+        Ok(())
+    }
+}
+
+fn failed(what: &'static str) -> impl FnOnce(caps::errors::CapsError) -> Error {
+    move |error| Error::System {
+        what,
+        error: std::io::Error::other(error.to_string()),
+    }
+}
+
+fn lock_memory(bytes: u64) -> Result<(), Error> {
+    let limit = Resource::RLIMIT_MEMLOCK;
+    let (soft, hard) = getrlimit(limit).map_err(system("reading a limit"))?;
+    if soft == bytes && hard == bytes {
+        return Ok(());
+    }
+    match setrlimit(limit, bytes, bytes) {
+        // As much as there is without the right to more.
+        Err(Errno::EPERM) => setrlimit(limit, hard, hard),
+        done => done,
+    }
+    .map_err(system("limiting locked memory"))
+}
