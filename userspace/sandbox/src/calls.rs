@@ -45,6 +45,7 @@ const BASE: &[Sysno] = &[
     Sysno::gettimeofday,
     Sysno::nanosleep,
     Sysno::getrandom,
+    Sysno::epoll_create,
     Sysno::epoll_create1,
     Sysno::epoll_ctl,
     Sysno::epoll_pwait,

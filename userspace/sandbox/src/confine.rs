@@ -1,5 +1,6 @@
 //! What a process keeps, and taking away the rest.
 
+use std::io;
 use std::path::{Path, PathBuf};
 
 use caps::{CapSet, Capability, CapsHashSet};
@@ -8,10 +9,13 @@ use landlock::{
     Ruleset, RulesetAttr as _, RulesetCreated, RulesetCreatedAttr as _, RulesetStatus, Scope,
 };
 use nix::errno::Errno;
-use nix::mount::{MsFlags, mount};
+use nix::fcntl::{OFlag, open};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::unistd::{chdir, chroot, geteuid, setgroups, setresgid, setresuid};
+use nix::sys::stat::Mode;
+use nix::unistd::{
+    UnlinkatFlags, chdir, chroot, geteuid, mkdtemp, setgroups, setresgid, setresuid, unlinkat,
+};
 
 use crate::calls::Calls;
 use crate::error::{Error, system};
@@ -191,23 +195,9 @@ impl Confinement {
         }
         let mut spaces = CloneFlags::CLONE_NEWIPC;
         spaces.set(CloneFlags::CLONE_NEWNET, !self.network);
-        spaces.set(CloneFlags::CLONE_NEWNS, self.files.is_empty());
         unshare(spaces).map_err(system("namespaces of its own"))?;
         if self.files.is_empty() {
-            let none = None::<&str>;
-            let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
-            let empty = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-            // A folder that is there wherever there are devices, in this namespace only.
-            let place = "/dev";
-            mount(none, "/", none, private, none)
-                .and_then(|()| {
-                    let options = Some("size=4k,mode=0");
-                    let flags = empty | MsFlags::MS_RDONLY;
-                    mount(Some("empty"), place, Some("tmpfs"), flags, options)
-                })
-                .and_then(|()| chroot(place))
-                .and_then(|()| chdir("/"))
-                .map_err(system("an empty root folder"))?;
+            leave_files().map_err(system("an empty root folder"))?;
         }
         Ok(true)
     }
@@ -252,8 +242,22 @@ impl Confinement {
 fn failed(what: &'static str) -> impl FnOnce(caps::errors::CapsError) -> Error {
     move |error| Error::System {
         what,
-        error: std::io::Error::other(error.to_string()),
+        error: io::Error::other(error.to_string()),
     }
+}
+
+/// Moves into a folder that is gone: nothing can be found or made in it. (A mount namespace would
+/// do, too, but would keep file systems mounted that everybody else has unmounted.)
+fn leave_files() -> io::Result<()> {
+    let parent = std::env::temp_dir();
+    let folder = mkdtemp(&parent.join("ioregion-root-XXXXXX"))?;
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let moved = open(&parent, flags, Mode::empty()).and_then(|parent| {
+        let moved = chroot(&folder).and_then(|()| chdir("/"));
+        let name = folder.file_name().unwrap_or_default();
+        moved.and(unlinkat(&parent, name, UnlinkatFlags::RemoveDir))
+    });
+    Ok(moved?)
 }
 
 fn lock_memory(bytes: u64) -> Result<(), Error> {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use nix::errno::Errno;
 use nix::unistd::{Gid, Group, Uid};
 
 use crate::error::{Error, system};
@@ -37,19 +38,21 @@ impl User {
             name: name.into(),
         };
         let looked = "looking a user up";
-        let found = match user.parse() {
-            Ok(uid) => nix::unistd::User::from_uid(Uid::from_raw(uid)).map(|found| (uid, found)),
-            Err(_) => match nix::unistd::User::from_name(user).map_err(system(looked))? {
-                Some(found) => Ok((found.uid.as_raw(), Some(found))),
+        let (uid, found) = match user.parse() {
+            Ok(uid) => {
+                let found = nix::unistd::User::from_uid(Uid::from_raw(uid));
+                (uid, known(found).map_err(system(looked))?)
+            }
+            Err(_) => match known(nix::unistd::User::from_name(user)).map_err(system(looked))? {
+                Some(found) => (found.uid.as_raw(), Some(found)),
                 None => return Err(unknown("user", user)),
             },
         };
-        let (uid, found) = found.map_err(system(looked))?;
         let gid = match group {
             None => found.map_or(uid, |found| found.gid.as_raw()),
             Some(group) => match group.parse() {
                 Ok(gid) => gid,
-                Err(_) => Group::from_name(group)
+                Err(_) => known(Group::from_name(group))
                     .map_err(system("looking a group up"))?
                     .map(|found| found.gid.as_raw())
                     .ok_or_else(|| unknown("group", group))?,
@@ -71,6 +74,14 @@ impl User {
     #[must_use]
     pub fn gid(self) -> Gid {
         Gid::from_raw(self.gid)
+    }
+}
+
+/// What was found, where the system has no lists, too (getpwnam(3) names these errors for that).
+fn known<T>(found: nix::Result<Option<T>>) -> nix::Result<Option<T>> {
+    match found {
+        Err(Errno::ENOENT | Errno::ESRCH | Errno::EBADF | Errno::EPERM) => Ok(None),
+        found => found,
     }
 }
 

@@ -247,11 +247,12 @@ fn kernel_says_that_the_process_has_no_rights() {
         assert_eq!(held.says("Groups"), "");
         assert_eq!(held.says("CapBnd"), "0000000000000000");
         let spaces = |of: &str| {
-            ["net", "mnt", "ipc"]
-                .map(|name| std::fs::read_link(format!("/proc/{of}/ns/{name}")).unwrap())
+            ["net", "ipc"].map(|name| std::fs::read_link(format!("/proc/{of}/ns/{name}")).unwrap())
         };
         let (own, its) = (spaces("self"), spaces(&held.pid().to_string()));
         assert!(own.iter().zip(&its).all(|(own, its)| own != its), "{its:?}");
+        let root = std::fs::read_link(format!("/proc/{}/root", held.pid())).unwrap();
+        assert!(root.to_str().unwrap().ends_with(" (deleted)"), "{root:?}");
     }
     held.end().succeeded();
 }
