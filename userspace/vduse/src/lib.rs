@@ -8,38 +8,12 @@
 //!   taken back.
 //! * [`decode`], [`encode`] and [`Status`] are what the service decides with, without I/O.
 //!
-//! # A complete disk
+//! # A complete device
+//!
+//! `examples/ramdisk.rs`. A disk over a file is `ioregion_devices::blk`.
 //!
 //! ```no_run
-//! use std::path::Path;
-//! use std::sync::Arc;
-//!
-//! use ioregion_devices::blk::{Blk, Options};
-//! use ioregion_devices::virtio::Device as _;
-//! use ioregion_vduse::{Control, DeviceConfig, DeviceFile, Service, ServiceOptions, offered, vdpa};
-//!
-//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! let disk = Arc::new(Blk::open(Path::new("disk.img"), &Options::default())?);
-//! let options = ServiceOptions::default();
-//! let control = Control::open()?;
-//! control.create(&DeviceConfig {
-//!     name: "disk0".into(),
-//!     device_id: disk.kind(),
-//!     vendor_id: 0,
-//!     features: offered(&*disk, &options),
-//!     queues: disk.queues(),
-//!     config: disk.config(),
-//! })?;
-//! let file = DeviceFile::open("disk0")?;
-//! file.set_up_queue(0, 256)?;
-//! let service = Service::start("disk0", file, disk, options)?;
-//! vdpa::attach("disk0")?; // with virtio_vdpa loaded, /dev/vda is there now
-//!
-//! vdpa::detach("disk0")?;
-//! service.stop()?;
-//! control.destroy("disk0")?;
-//! # Ok(())
-//! # }
+#![doc = include_str!("../examples/ramdisk.rs")]
 //! ```
 //!
 //! A service that is to outlive its process is started by [`Service::start_logged`], with the
