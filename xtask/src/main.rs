@@ -4,6 +4,7 @@ mod apt;
 mod bench;
 mod doctor;
 mod ebpf;
+mod fuzz;
 mod kernel;
 mod lock;
 mod outcome;
@@ -103,6 +104,16 @@ enum Task {
   cargo xtask vm --kernel debug --plants             # are the kernel's checkers awake?
   cargo xtask vm --image bzImage --keep              # another kernel; keep the initramfs")]
     Vm(Box<vm::VmArgs>),
+    /// Fuzz what drivers and the kernel send: requests and rings
+    ///
+    /// Builds the targets in fuzz/ for libFuzzer and runs each for some time, from the inputs in
+    /// fuzz/corpus on. What they find further lies in target/fuzz/corpus, and an input that
+    /// breaks something in fuzz/artifacts, with an exit status of 1.
+    #[command(after_help = "Examples:
+  cargo xtask fuzz --seconds 600
+  cargo xtask fuzz --target packed --seed 5    # again as it was
+  cargo xtask fuzz --seconds 600 --keep        # renew fuzz/corpus")]
+    Fuzz(fuzz::FuzzArgs),
     /// Tables and plots from one or many result files
     #[command(
         after_help = "Example:\n  cargo xtask report target/bench/latest.json -- --plots target/bench"
@@ -167,6 +178,7 @@ fn run(cli: Cli) -> Result<()> {
         }
         Task::Bench(args) => bench::run(&root, &args),
         Task::Kernel(args) => kernel::run(&root, &args),
+        Task::Fuzz(args) => fuzz::run(&root, &args),
         Task::Vm(args) => vm::run(&root, &args).map(drop),
         Task::Report { files, args } => {
             // The benchmark program runs in the workspace: name the files from the root.

@@ -10,7 +10,7 @@ use crate::setup::BpfTools;
 use crate::sh::{Cmd, which};
 use crate::toolchain::{Missing, has_rust_src, sysroots};
 use crate::vm::{self, GUEST_PACKAGES, KernelChoice, VM_PACKAGES};
-use crate::{ebpf, setup, space};
+use crate::{ebpf, fuzz, setup, space};
 
 /// What the commands of a tier are made from.
 struct Host<'a> {
@@ -91,6 +91,7 @@ const TIERS: &[Tier] = &[
             let exclude = GUEST_PACKAGES
                 .iter()
                 .chain(&VM_PACKAGES)
+                .chain([&fuzz::PACKAGE])
                 .flat_map(|package| ["--exclude", package]);
             let only = VM_PACKAGES
                 .iter()
@@ -102,6 +103,8 @@ const TIERS: &[Tier] = &[
                     .args(exclude),
                 // Of these only what needs no device.
                 Cmd::line(runner).arg("--bins").args(only),
+                // Its programs need a fuzzer's flags.
+                Cmd::line(runner).args(["--tests", "--package", fuzz::PACKAGE]),
             ])
         },
         ..ROW
@@ -125,6 +128,19 @@ const TIERS: &[Tier] = &[
                         --target-dir target/loom";
             Ok(vec![Cmd::line(test).env("RUSTFLAGS", "--cfg loom")])
         },
+        ..ROW
+    },
+    Tier {
+        name: "fuzz",
+        what: "fuzz targets find nothing in a short time",
+        commands: |_| Ok(vec![Cmd::line("cargo xtask fuzz --seconds 10")]),
+        ..ROW
+    },
+    Tier {
+        name: "fuzz-long",
+        what: "fuzz targets find nothing in ten minutes each",
+        full: true,
+        commands: |_| Ok(vec![Cmd::line("cargo xtask fuzz --seconds 600")]),
         ..ROW
     },
     Tier {
