@@ -14,7 +14,7 @@ use crate::toolchain::{
 
 /// What every build and test needs.
 const PACKAGES: [Package; 2] = [
-    Package::new("cc", "build-essential", "linking host programs"),
+    Package::new("c++", "build-essential", "linking host programs; fuzzing"),
     Package::new("ip", "iproute2", "tests in network namespaces"),
 ];
 

@@ -203,7 +203,7 @@ const TIERS: &[Tier] = &[
         ebpf: true,
         needs: |host| vm_with(host, KernelChoice::Debug),
         commands: |_| {
-            let debug = "cargo xtask vm --kernel debug --timeout 14400";
+            let debug = "cargo xtask vm --kernel debug --timeout 14400 --job-timeout 3600";
             Ok(vec![
                 Cmd::line(debug).arg("--plants"),
                 Cmd::line(debug),
