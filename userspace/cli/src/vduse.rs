@@ -6,10 +6,11 @@ use std::os::fd::AsFd as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use clap::{Args, Subcommand, ValueEnum};
-use ioregion_devices::blk::{Blk, Options};
+use ioregion_devices::blk::{Blk, BlkError, ImageError, Options};
 use ioregion_devices::virtio::Device;
 use ioregion_vduse::{
     Control, DeviceConfig, DeviceFile, Error, Identity, Log, Logged, Service, ServiceOptions,
@@ -19,6 +20,10 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+/// How long a service that was killed may keep its image locked. What it has begun ends much sooner
+/// unless the image's storage hangs.
+const AFTERLIFE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -127,7 +132,7 @@ fn blk(args: &BlkArgs) -> Result<()> {
         direct: args.direct,
         io_uring: !args.no_io_uring,
     };
-    let disk = Blk::open(&args.image, &options)?;
+    let disk = open(args, &options)?;
     let options = ServiceOptions {
         packed: args.packed,
         ..ServiceOptions::default()
@@ -144,6 +149,22 @@ fn blk(args: &BlkArgs) -> Result<()> {
         refresh: &refresh,
     };
     served.run()
+}
+
+/// Opens the image. Of a service that was killed the kernel first finishes what it has begun, which
+/// keeps the image locked: until then nobody may take the disk over.
+fn open(args: &BlkArgs, options: &Options) -> Result<Blk, BlkError> {
+    let end = Instant::now() + AFTERLIFE;
+    loop {
+        match Blk::open(&args.image, options) {
+            Err(BlkError::Image(ImageError::Locked(_)))
+                if DeviceFile::exists(&args.name) && Instant::now() < end =>
+            {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            opened => return opened,
+        }
+    }
 }
 
 /// A device that was made and is removed when this goes, unless that was done.

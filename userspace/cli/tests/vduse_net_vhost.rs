@@ -61,6 +61,8 @@ struct Vmm {
     rings: [Ring; 2],
     /// The buffers that were offered, in order.
     offered: Vec<u64>,
+    /// Bytes in the first of them, which came back.
+    filled: Vec<u32>,
     offers: u64,
     tap: String,
     service: Child,
@@ -131,6 +133,7 @@ impl Vmm {
             memory,
             rings: [RECEIVE, SEND].map(ring),
             offered: Vec::new(),
+            filled: Vec::new(),
             offers: 0,
             tap,
             service,
@@ -153,6 +156,7 @@ impl Vmm {
         assert_eq!(self.settle(features), 11);
         put(&OnFile(&self.memory), Flat::BASE, &vec![0; BYTES]);
         self.offered.clear();
+        self.filled.clear();
         for (queue, ring) in self.rings.iter_mut().enumerate() {
             ring.driver = rings::driver(&ring.setup);
             let layout = ring.setup.layout;
@@ -213,19 +217,35 @@ impl Vmm {
         self.add(RECEIVE, &[(at, ROOM, true)]);
     }
 
-    /// The next packet: its header, and what came in all of its buffers.
+    /// The next packet of IPv4: its header, and what came in all of its buffers. The kernel has
+    /// packets of its own for a new interface.
     fn receive(&mut self) -> ([u8; HEADER_BYTES], Vec<u8>) {
-        let lens = self.collect(RECEIVE, LONG);
-        let mut bytes = Vec::new();
-        for &len in &lens {
-            let mut part = vec![0; len as usize];
+        loop {
+            let (head, packet) = self.receive_any();
+            if packet[12..14] == [8, 0] {
+                return (head, packet);
+            }
+            self.offer();
+        }
+    }
+
+    fn receive_any(&mut self) -> ([u8; HEADER_BYTES], Vec<u8>) {
+        if self.filled.is_empty() {
+            self.filled = self.collect(RECEIVE, LONG);
+        }
+        let (mut bytes, mut left) = (Vec::new(), 1);
+        while left > 0 {
+            // The buffers of a packet come back at once.
+            let mut part = vec![0; self.filled.remove(0) as usize];
             let at = self.offered.remove(0);
             OnFile(&self.memory).read(at, &mut part).unwrap();
+            if bytes.is_empty() {
+                left = part[10];
+            }
+            left -= 1;
             bytes.extend(part);
         }
         let (head, packet) = bytes.split_first_chunk().unwrap();
-        // The buffers of a packet come back at once.
-        assert_eq!(usize::from(head[10]), lens.len());
         (*head, packet.to_vec())
     }
 

@@ -95,6 +95,12 @@ impl DeviceFile {
         }
     }
 
+    /// Whether a device of this name was made.
+    #[must_use]
+    pub fn exists(name: &str) -> bool {
+        path_of(name).is_ok_and(|path| path.exists())
+    }
+
     /// The device's name.
     #[must_use]
     pub fn name(&self) -> &str {

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::Instant;
 
+use nix::errno::Errno;
 use nix::net::if_::if_nametoindex;
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{Signal, kill};
@@ -254,8 +255,7 @@ pub fn ping(to: Ipv4Addr, len: usize) {
         SockProtocol::Icmp,
     )
     .unwrap();
-    let patience = TimeVal::new(i64::try_from(LONG.as_secs()).unwrap(), 0);
-    setsockopt(&socket, sockopt::ReceiveTimeout, &patience).unwrap();
+    setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(1, 0)).unwrap();
     // Type and code, checksum, identifier, sequence number.
     let mut request = vec![8, 0, 0, 0, 0x12, 0x34];
     request.extend(u16::try_from(len).unwrap().to_be_bytes());
@@ -269,11 +269,22 @@ pub fn ping(to: Ipv4Addr, len: usize) {
     request[2..4].copy_from_slice(&(!folded as u16).to_be_bytes());
     let [a, b, c, d] = to.octets();
     let to = SockaddrIn::new(a, b, c, d, 0);
-    sendto(socket.as_raw_fd(), &request, &to, MsgFlags::empty()).unwrap();
+    let send = || sendto(socket.as_raw_fd(), &request, &to, MsgFlags::empty()).unwrap();
+    send();
     let mut reply = vec![0; 1 << 16];
+    let end = Instant::now() + LONG;
     loop {
-        let len = recv(socket.as_raw_fd(), &mut reply, MsgFlags::empty())
-            .unwrap_or_else(|error| panic!("no reply to {} bytes: {error}", request.len()));
+        let len = match recv(socket.as_raw_fd(), &mut reply, MsgFlags::empty()) {
+            Ok(len) => len,
+            // Any packet may be dropped.
+            Err(Errno::EAGAIN) => {
+                let bytes = request.len();
+                assert!(Instant::now() < end, "no reply to {bytes} bytes");
+                send();
+                continue;
+            }
+            Err(error) => panic!("{error}"),
+        };
         let head = usize::from(reply[0] & 15) * 4;
         let got = &reply[head..len];
         // Replies to requests of other tests arrive here, too.
