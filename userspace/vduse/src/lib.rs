@@ -35,6 +35,7 @@ mod iotlb;
 mod log;
 mod message;
 mod port;
+mod requests;
 mod service;
 mod status;
 mod sys;
