@@ -86,7 +86,13 @@ fn guest_time_stamps_lie_between_host_time_stamps() {
         "second stamp is not just later"
     );
     let host = clock.host_ticks(guest).expect("KVM tells the TSC offset");
-    assert!((before..after).contains(&host), "{before} {host} {after}");
+    // Where the kernel has found the TSC unstable, KVM moves the guest's whenever a vCPU comes to a
+    // CPU: then no offset holds for a run.
+    let source = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
+    match std::fs::read_to_string(source).unwrap().trim() {
+        "tsc" => assert!((before..after).contains(&host), "{before} {host} {after}"),
+        other => println!("the kernel's clock is {other}, not the TSC: stamps are not compared"),
+    }
 }
 
 #[test]
