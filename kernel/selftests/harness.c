@@ -512,3 +512,24 @@ unsigned int scaled(unsigned int n)
 	/* The locks are being checked, and more than that. */
 	return access("/proc/lockdep", F_OK) ? n : n / 8;
 }
+
+/* Whether the vCPU's thread sleeps each time that it is looked at */
+bool runner_is_asleep(const struct runner *r)
+{
+	char name[64], line[256];
+	int looks = 20;
+
+	snprintf(name, sizeof(name), "/proc/self/task/%d/stat", r->tid);
+	while (looks--) {
+		FILE *stat = fopen(name, "r");
+		const char *state = stat && fgets(line, sizeof(line), stat) ? strrchr(line, ')') : NULL;
+		bool asleep = state && state[1] && state[2] == 'S';
+
+		if (stat)
+			fclose(stat);
+		if (!asleep)
+			return false;
+		sleep_ms(20);
+	}
+	return true;
+}

@@ -155,6 +155,7 @@ void runner_start(struct runner *r, struct vm *vm, unsigned int vcpu);
 int runner_join(struct runner *r);
 void runner_signal(struct runner *r);
 bool runner_done_within(struct runner *r, unsigned int ms);
+bool runner_is_asleep(const struct runner *r);
 
 void sleep_ms(unsigned int ms);
 /* n divided by ROUNDS_DIV, which is 8 on a debug kernel if it is not set */

@@ -352,27 +352,6 @@ static unsigned int count_down(struct wire *w, uint32_t *due, unsigned int *part
 	return nr;
 }
 
-/* Whether the vCPU's thread sleeps each time that it is looked at */
-static bool is_asleep(const struct runner *r)
-{
-	char name[64], line[256];
-	int looks = 20;
-
-	snprintf(name, sizeof(name), "/proc/self/task/%d/stat", r->tid);
-	while (looks--) {
-		FILE *stat = fopen(name, "r");
-		const char *state = stat && fgets(line, sizeof(line), stat) ? strrchr(line, ')') : NULL;
-		bool asleep = state && state[1] && state[2] == 'S';
-
-		if (stat)
-			fclose(stat);
-		if (!asleep)
-			return false;
-		sleep_ms(20);
-	}
-	return true;
-}
-
 /*
  * A write that a full file has taken nothing of is not lost: without its region
  * it makes an exit, and with other files it takes those.
@@ -398,7 +377,7 @@ void test_full_file(void)
 		halt(&code[0]);
 		vm_load(&vm, &code[0]);
 		runner_start(&r, &vm, 0);
-		while (!r.done && !is_asleep(&r))
+		while (!r.done && !runner_is_asleep(&r))
 			sleep_ms(1);
 		CHECK(!r.done);
 		if (modify)
