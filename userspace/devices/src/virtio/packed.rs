@@ -134,8 +134,13 @@ impl Packed {
             return Err(Broken::Position(at));
         }
         let slots = u16::try_from(used.steps_to(avail, size)).unwrap_or(size);
-        Ok(Self {
-            layout,
+        Ok(Self::at(setup, avail, used, slots, InFlight::new(size)))
+    }
+
+    /// A queue that stands between two places, with so many descriptors of requests in flight.
+    fn at(setup: &Setup, avail: Place, used: Place, slots: u16, in_flight: InFlight) -> Self {
+        Self {
+            layout: setup.layout,
             indirect: setup.indirect,
             event_idx: setup.event_idx,
             avail,
@@ -143,9 +148,9 @@ impl Packed {
             staged: None,
             unnotified: 0,
             slots,
-            in_flight: InFlight::new(size),
+            in_flight,
             again: VecDeque::new(),
-        })
+        }
     }
 
     pub(super) fn record(&mut self, log: QueueLog, setup: &Setup) -> Result<(), Broken> {
@@ -172,16 +177,8 @@ impl Packed {
         let ids = record.lost.iter().map(|lost| lost.id);
         let in_flight = InFlight::with(layout.size, ids, journal);
         Ok(Self {
-            layout,
-            indirect: setup.indirect,
-            event_idx: setup.event_idx,
-            avail,
-            used,
-            staged: None,
-            unnotified: 0,
-            slots,
-            in_flight,
             again: record.lost.into(),
+            ..Self::at(setup, avail, used, slots, in_flight)
         })
     }
 

@@ -29,6 +29,8 @@ pub(super) struct Split {
     event_idx: bool,
     next_avail: u16,
     next_used: u16,
+    /// Whether the driver cannot see `next_used` yet.
+    is_staged: bool,
     /// The used index when the driver was last looked at.
     notified: u16,
     pub(super) in_flight: InFlight,
@@ -65,16 +67,22 @@ impl Split {
         if avail.wrapping_sub(used) > layout.size {
             return Err(Broken::Position(at));
         }
-        Ok(Self {
-            layout,
+        Ok(Self::at(setup, avail, used, InFlight::new(layout.size)))
+    }
+
+    /// A queue that stands between two indices.
+    fn at(setup: &Setup, next_avail: u16, next_used: u16, in_flight: InFlight) -> Self {
+        Self {
+            layout: setup.layout,
             indirect: setup.indirect,
             event_idx: setup.event_idx,
-            next_avail: avail,
-            next_used: used,
-            notified: used,
-            in_flight: InFlight::new(layout.size),
+            next_avail,
+            next_used,
+            is_staged: false,
+            notified: next_used,
+            in_flight,
             again: VecDeque::new(),
-        })
+        }
     }
 
     pub(super) fn record(&mut self, log: QueueLog, setup: &Setup) -> Result<(), Broken> {
@@ -97,16 +105,11 @@ impl Split {
         }
         let again: VecDeque<u16> = record.lost.iter().map(|lost| lost.id).collect();
         let in_flight = InFlight::with(layout.size, again.iter().copied(), journal);
+        // All that were taken were given back, are in flight, or are gone.
+        let next_avail = used.wrapping_add(in_flight.count).wrapping_add(record.gone);
         Ok(Self {
-            layout,
-            indirect: setup.indirect,
-            event_idx: setup.event_idx,
-            // All that were taken were given back, are in flight, or are gone.
-            next_avail: used.wrapping_add(in_flight.count).wrapping_add(record.gone),
-            next_used: used,
-            notified: used,
-            in_flight,
             again,
+            ..Self::at(setup, next_avail, used, in_flight)
         })
     }
 
@@ -195,6 +198,7 @@ impl Split {
         memory.write(self.layout.device + ENTRIES + 8 * slot, &entry)?;
         self.in_flight.giving(chain.id, self.next_used);
         self.next_used = self.next_used.wrapping_add(1);
+        self.is_staged = true;
         // A record knows of one request that is being given back.
         if self.in_flight.journal.is_some() {
             self.publish(memory)?;
@@ -204,8 +208,10 @@ impl Split {
     }
 
     pub(super) fn publish(&mut self, memory: &dyn Memory) -> Result<(), Broken> {
-        // From here on the driver may use the names again.
-        memory.store(self.layout.device + INDEX, self.next_used)?;
+        if std::mem::take(&mut self.is_staged) {
+            // From here on the driver may use the names again.
+            memory.store(self.layout.device + INDEX, self.next_used)?;
+        }
         Ok(())
     }
 
