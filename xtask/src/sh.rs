@@ -258,6 +258,21 @@ impl Cmd {
             .with_context(|| format!("cannot start `{}`", self.program))
     }
 
+    /// Starts the command to talk with; what it says goes to a file, what it complains of to
+    /// another.
+    pub fn spawn_asked(&self, said: &Path, log: &Path) -> Result<Child> {
+        println!("+ {self}");
+        let file = |path: &Path| {
+            File::create(path).with_context(|| format!("cannot make {}", path.display()))
+        };
+        self.command()
+            .stdin(Stdio::piped())
+            .stdout(file(said)?)
+            .stderr(file(log)?)
+            .spawn()
+            .with_context(|| format!("cannot start `{}`", self.program))
+    }
+
     /// Standard output of a command that only looks (not printed); `None` where it cannot be
     /// started or fails.
     pub fn probe(&self) -> Option<String> {

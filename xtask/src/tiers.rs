@@ -187,6 +187,24 @@ const TIERS: &[Tier] = &[
         ..ROW
     },
     Tier {
+        name: "vm-kills",
+        what: "disks over VDUSE whose services are killed a hundred times under load",
+        full: true,
+        counts: true,
+        ebpf: true,
+        needs: |host| vm_with(host, KernelChoice::Stock),
+        commands: |_| {
+            let stock = "cargo xtask vm --kernel stock --full";
+            Ok(vec![Cmd::line(stock).args([
+                "--test",
+                "vduse_crash",
+                "--test",
+                "vduse_fio",
+            ])])
+        },
+        ..ROW
+    },
+    Tier {
         name: "vm-patched",
         what: "the conformance suite and the kernel's own tests in a VM, on the patched kernel",
         counts: true,

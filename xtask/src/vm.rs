@@ -10,11 +10,13 @@ mod pace;
 mod plants;
 mod qemu;
 mod results;
+mod share;
 mod show;
 mod stock;
 pub mod suite;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -29,8 +31,9 @@ pub use accelerator::Choice;
 use initramfs::Initramfs;
 pub use options::{KernelChoice, VmArgs};
 use plants::Plant;
-use qemu::{Accelerator, Logs, Machine};
-use show::Shown;
+use qemu::{Accelerator, Logs, Machine, Run};
+use share::Dealer;
+use show::{Screen, Shown};
 
 /// Packages whose tests run guests, and so run in the VM.
 pub const GUEST_PACKAGES: [&str; 3] = [
@@ -65,10 +68,11 @@ pub const OBJECT: &str = "/ioregion/ioregion.bpf.o";
 const LOGGING_OBJECT: &str = "/ioregion/ioregion-log.bpf.o";
 
 /// What unpacks a kernel's modules.
-const PACKAGES: [Package; 3] = [
+const PACKAGES: [Package; 4] = [
     Package::new("xz", "xz-utils", "unpacking kernel modules"),
     Package::new("ldd", "libc-bin", "finding the libraries of programs"),
     Package::new("mkfs.ext4", "e2fsprogs", "file systems on disks under test"),
+    Package::new("fio", "fio", "verifying disks under test"),
 ];
 
 /// A kernel to boot.
@@ -204,51 +208,71 @@ impl Prepared<'_> {
             memory_mib: self.args.mem,
             accelerator: self.accelerator,
             append: all,
+            dealer: None,
         }
     }
 
-    /// The ordinary run: all programs in one VM.
+    /// The ordinary run: all programs, in one VM or shared by several.
     fn run_programs(&self) -> Result<Duration> {
         let mut initramfs = self.initramfs()?;
         for (name, value) in pace::environment(self.accelerator, self.args) {
             initramfs.env(&name, &value);
         }
         fill(&mut initramfs, self.root, self.args)?;
-        let machine = self.machine(&[]);
+        let mut machine = self.machine(&[]);
         let jobs = initramfs.jobs();
+        let vms = share::vms(self.accelerator, self.args, jobs);
+        if vms > 1 {
+            initramfs.share();
+            machine.dealer = Some(Arc::new(Dealer::default()));
+        }
         let size = initramfs.write(&machine.initrd)?;
-        println!("initramfs: {jobs} programs, {} MiB", size >> 20);
+        println!(
+            "initramfs: {jobs} programs for {vms} VMs, {} MiB",
+            size >> 20
+        );
 
-        let logs = Logs::new(&self.dir);
+        let base = self.root.join("target/vm");
+        let mut folders = vec![(self.dir.clone(), None)];
+        for _ in 1..vms {
+            let (dir, lock) = working_folder(&base, self.args.kernel_name())?;
+            folders.push((dir, Some(lock)));
+        }
+        let logs: Vec<Logs> = folders.iter().map(|(dir, _)| Logs::new(dir)).collect();
         let limit = Duration::from_secs(self.args.timeout);
-        let mut shown = Shown::new();
-        let run = machine.run(&logs, limit, |line, report| shown.show(line, report))?;
-        drop(shown);
-        let failures = run.failures(jobs, limit);
-        print!("\n{}", show::summary(&run));
-        println!("logs: {}", self.dir.display());
+        let runs = run_all(&machine, &logs, limit)?;
+        print!("\n{}", show::summary(&runs));
+        for (dir, _) in &folders {
+            println!("logs: {}", dir.display());
+        }
         if self.args.keep {
-            println!("again by hand: {}", machine.command(&logs));
+            println!("again by hand: {}", machine.command(&logs[0]));
         } else {
             // Large, and made anew each time.
             let _ = std::fs::remove_file(&machine.initrd);
         }
+        let failures = share::failures(&runs, jobs, limit);
         if !failures.is_empty() {
-            for tail in [&logs.qemu, &logs.kernel] {
-                show::tail(tail, &run);
+            for (run, logs) in runs.iter().zip(&logs) {
+                for tail in [&logs.qemu, &logs.kernel] {
+                    show::tail(tail, run);
+                }
             }
             bail!("the VM run failed:\n  {}", failures.join("\n  "));
         }
         let folder = self.args.results.clone();
         let folder = folder.unwrap_or_else(|| self.dir.join("results"));
-        for file in run.console.results.write(&folder)? {
-            println!("result: {}", file.display());
+        for run in &runs {
+            for file in run.console.results.write(&folder)? {
+                println!("result: {}", file.display());
+            }
         }
+        let time = runs.iter().map(|run| run.time).max().unwrap_or_default();
         println!(
             "VM passed: {jobs} programs, verdict {:.1} s after power on",
-            run.time.as_secs_f64()
+            time.as_secs_f64()
         );
-        Ok(run.time)
+        Ok(time)
     }
 
     /// Each fault in a VM of its own: every one must be noticed.
@@ -266,9 +290,7 @@ impl Prepared<'_> {
             let logs = Logs::new(&self.dir.join(&name));
             std::fs::create_dir_all(self.dir.join(&name)).context("a folder for logs")?;
             let limit = Duration::from_secs(self.args.timeout);
-            let mut shown = Shown::new();
-            let run = machine.run(&logs, limit, |line, report| shown.show(line, report))?;
-            drop(shown);
+            let run = run_alone(&machine, &logs, limit)?;
             let _ = std::fs::remove_file(&machine.initrd);
             let failures = run.failures(1, limit);
             let noticed = plant.is_noticed(&run) && !failures.is_empty();
@@ -287,6 +309,36 @@ impl Prepared<'_> {
         println!("all {} planted faults were noticed", plants.len());
         Ok(())
     }
+}
+
+/// Runs a VM and shows what it says.
+fn run_alone(machine: &Machine, logs: &Logs, limit: Duration) -> Result<Run> {
+    let screen = Screen::new(1);
+    let mut shown = Shown::new(&screen, None);
+    machine.run(logs, limit, |line, report| shown.show(line, report))
+}
+
+/// Runs as many VMs as there are places for logs, at the same time.
+fn run_all(machine: &Machine, logs: &[Logs], limit: Duration) -> Result<Vec<Run>> {
+    if let [logs] = logs {
+        return Ok(vec![run_alone(machine, logs, limit)?]);
+    }
+    let screen = &Screen::new(logs.len());
+    let run = |vm, logs| {
+        let mut shown = Shown::new(screen, Some(vm));
+        machine.run(logs, limit, |line, report| shown.show(line, report))
+    };
+    std::thread::scope(|scope| {
+        let started: Vec<_> = logs
+            .iter()
+            .enumerate()
+            .map(|(vm, logs)| scope.spawn(move || run(vm, logs)))
+            .collect();
+        let ended = started.into_iter().map(|vm| vm.join());
+        ended
+            .map(|run| run.unwrap_or_else(|_| bail!("what watches a VM panicked")))
+            .collect()
+    })
 }
 
 fn kernel(root: &Path, args: &VmArgs) -> Result<Kernel> {
@@ -347,7 +399,8 @@ fn fill(initramfs: &mut Initramfs, root: &Path, args: &VmArgs) -> Result<()> {
         }
         let mut suite = suite;
         if args.has_patches() {
-            suite.tests.push(suite::selftests(root)?);
+            // The longest one first: nobody waits for it at the end.
+            suite.tests.insert(0, suite::selftests(root)?);
         }
         let known: Vec<&str> = suite.tests.iter().map(|test| test.name.as_str()).collect();
         if let Some(unknown) = args
@@ -364,6 +417,10 @@ fn fill(initramfs: &mut Initramfs, root: &Path, args: &VmArgs) -> Result<()> {
                 _ => args.test_args(),
             };
             initramfs.job(&test.name, &test.file, &test_args, args.job_timeout)?;
+            // Its libraries are larger than everything else.
+            if test.name.ends_with("_fio") {
+                initramfs.host_program("fio")?;
+            }
         }
     }
     for (number, words) in args.exec.iter().enumerate() {

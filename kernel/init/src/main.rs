@@ -1,17 +1,18 @@
 //! The first process of the test VM: mounts, loads modules, runs what the manifest names, one
 //! program after the other, reports on the second serial line and powers off.
 //!
-//! It never waits for anybody: whatever fails becomes a report, and the VM ends.
+//! It waits for nobody, unless several VMs share the programs: then it asks outside for each.
+//! Whatever fails becomes a report, and the VM ends.
 
 mod machine;
 mod programs;
 mod results;
 
 use std::fs::{File, OpenOptions};
-use std::io::Write as _;
+use std::io::{BufRead as _, BufReader, Write as _};
 
 use anyhow::{Context as _, Result};
-use ioregion_init::{MANIFEST, Manifest, Report};
+use ioregion_init::{Job, MANIFEST, Manifest, Report};
 use nix::sys::reboot::{RebootMode, reboot};
 
 fn main() {
@@ -72,12 +73,14 @@ fn work(log: &Log) -> Result<()> {
     log.say(&Report::Kvm(kept.as_ref().map(drop).map_err(String::clone)));
 
     let mut children = programs::Children::new(&log.line, &manifest.env)?;
-    let mut passed = 0;
-    for job in &manifest.jobs {
+    let (mut passed, mut total) = (0, 0);
+    let mut answers = BufReader::new(&log.line);
+    while let Some(job) = next(&manifest, total, log, &mut answers)? {
         let name = job.name.clone();
         log.say(&Report::Start { name: name.clone() });
         let (ending, time) = children.run(job);
         passed += usize::from(ending.passed());
+        total += 1;
         log.say(&Report::End {
             name,
             millis: u64::try_from(time.as_millis()).unwrap_or(u64::MAX),
@@ -85,9 +88,28 @@ fn work(log: &Log) -> Result<()> {
         });
         results::send(|report| log.write(report))?;
     }
-    log.say(&Report::Verdict {
-        passed,
-        total: manifest.jobs.len(),
-    });
+    log.say(&Report::Verdict { passed, total });
     Ok(())
+}
+
+/// The program to run after `done` others; `None` after the last.
+fn next<'a>(
+    manifest: &'a Manifest,
+    done: usize,
+    log: &Log,
+    answers: &mut BufReader<&File>,
+) -> Result<Option<&'a Job>> {
+    if !manifest.shared {
+        return Ok(manifest.jobs.get(done));
+    }
+    log.write(&Report::Next);
+    let mut answer = String::new();
+    answers
+        .read_line(&mut answer)
+        .context("which program is next?")?;
+    let number: usize = answer
+        .trim()
+        .parse()
+        .with_context(|| format!("no number: {answer:?}"))?;
+    Ok(manifest.jobs.get(number))
 }

@@ -11,6 +11,9 @@ pub struct Manifest {
     pub env: Vec<(String, String)>,
     /// Programs to run one after the other.
     pub jobs: Vec<Job>,
+    /// Whether other VMs run a part of the programs: each VM asks for every program that it runs
+    /// ([`Report::Next`](crate::Report::Next)).
+    pub shared: bool,
 }
 
 /// One program to run.
@@ -84,6 +87,9 @@ impl Manifest {
             fields.extend(argv.iter().map(String::as_str));
             line(&fields)?;
         }
+        if self.shared {
+            line(&["shared"])?;
+        }
         Ok(text)
     }
 
@@ -98,6 +104,7 @@ impl Manifest {
             let bad = || ManifestError::BadLine(line.into());
             match fields[..] {
                 ["module", path] => manifest.modules.push(path.into()),
+                ["shared"] => manifest.shared = true,
                 ["env", name, value] => manifest.env.push((name.into(), value.into())),
                 ["run", name, limit, ref argv @ ..] if !argv.is_empty() => {
                     manifest.jobs.push(Job {
@@ -126,6 +133,7 @@ mod tests {
                 limit_s: 60,
                 argv: vec!["/bin/one".into(), String::new(), "a b".into()],
             }],
+            shared: true,
         }
     }
 

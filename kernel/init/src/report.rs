@@ -43,6 +43,9 @@ impl fmt::Display for Ending {
 pub enum Report {
     /// Whether VMs can be made in the VM, or why not.
     Kvm(Result<(), String>),
+    /// What next? Of programs that several VMs share, the answer is the number of one in the
+    /// manifest, from 0, or of none that is there: a line of digits on the report line.
+    Next,
     /// A program starts.
     Start {
         /// The job's name.
@@ -72,7 +75,7 @@ pub enum Report {
     Verdict {
         /// Programs that succeeded.
         passed: usize,
-        /// Programs in the manifest.
+        /// Programs that it ran: all in the manifest, unless other VMs share them.
         total: usize,
     },
     /// The first process could not do its work.
@@ -84,6 +87,7 @@ impl fmt::Display for Report {
         match self {
             Self::Kvm(Ok(())) => write!(out, "{MARK} kvm usable"),
             Self::Kvm(Err(why)) => write!(out, "{MARK} kvm unusable: {}", one_line(why)),
+            Self::Next => write!(out, "{MARK} next"),
             Self::Start { name } => write!(out, "{MARK} start {name}"),
             Self::End {
                 name,
@@ -115,6 +119,9 @@ impl Report {
         let text = line.trim_end().strip_prefix(MARK)?.strip_prefix(' ')?;
         if text == "kvm usable" {
             return Some(Self::Kvm(Ok(())));
+        }
+        if text == "next" {
+            return Some(Self::Next);
         }
         if let Some(why) = text.strip_prefix("kvm unusable: ") {
             return Some(Self::Kvm(Err(why.into())));
@@ -181,6 +188,7 @@ mod tests {
         for report in [
             Report::Kvm(Ok(())),
             Report::Kvm(Err("no /dev/kvm".into())),
+            Report::Next,
             Report::Start { name: "x".into() },
             end(Ending::Exit(0)),
             end(Ending::Exit(101)),

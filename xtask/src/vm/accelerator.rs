@@ -106,6 +106,7 @@ fn trial(kernel: &Kernel, init: &Path, dir: &Path) -> Result<String> {
         memory_mib: 512,
         accelerator: Accelerator::Kvm,
         append: Vec::new(),
+        dealer: None,
     };
     initramfs.write(&machine.initrd)?;
     let run = machine.run(&Logs::new(dir), TRIAL, |_, _| {})?;

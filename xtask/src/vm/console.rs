@@ -135,6 +135,7 @@ impl Console {
         let report = Report::parse(line);
         match &report {
             None => self.program_line(line.trim_end()),
+            Some(Report::Next) => {}
             Some(Report::Kvm(kvm)) => self.kvm = Some(kvm.clone()),
             Some(Report::Start { name }) => {
                 self.in_failures = false;

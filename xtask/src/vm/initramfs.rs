@@ -69,6 +69,11 @@ impl Initramfs {
         Ok(())
     }
 
+    /// The programs are shared by several VMs.
+    pub fn share(&mut self) {
+        self.manifest.shared = true;
+    }
+
     /// How many programs are to run.
     pub fn jobs(&self) -> usize {
         self.manifest.jobs.len()

@@ -87,7 +87,11 @@ pub struct VmArgs {
     /// Virtual CPUs (default: 2; with --icount 1)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=8))]
     pub cpus: Option<u32>,
-    /// Memory in MiB
+    /// Emulated VMs that share the programs (default: one for each CPU and the memory of this
+    /// machine)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub vms: Option<u8>,
+    /// Memory of a VM in MiB
     #[arg(long, value_name = "MIB", default_value = "2048", value_parser = clap::value_parser!(u32).range(256..))]
     pub mem: u32,
     /// Seconds until the whole run fails

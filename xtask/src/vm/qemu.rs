@@ -1,15 +1,17 @@
 //! Starting QEMU and watching it until the VM's verdict, its death or the end of its time.
 
 use std::fs::File;
-use std::io::Read as _;
+use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use ioregion_init::Report;
 
 use super::console::Console;
+use super::share::Dealer;
 use crate::sh::Cmd;
 
 /// The emulator.
@@ -53,6 +55,8 @@ pub struct Machine {
     pub accelerator: Accelerator,
     /// Further kernel parameters.
     pub append: Vec<String>,
+    /// What answers it which program is next, where it shares them with other VMs.
+    pub dealer: Option<Arc<Dealer>>,
 }
 
 /// Where a VM's output goes.
@@ -140,13 +144,18 @@ impl Machine {
             Accelerator::Kvm => "-accel kvm -cpu host".into(),
         };
         let serial = |file: &Path| format!("file:{}", file.display());
+        // A file when nothing comes in: that cannot disturb counted time.
+        let reports = match &self.dealer {
+            Some(_) => "stdio".into(),
+            None => serial(&logs.programs),
+        };
         Cmd::new(PROGRAM)
             .args(base.split_whitespace())
             .args(accelerator.split_whitespace())
             .args(["-smp", &self.cpus.to_string()])
             .args(["-m", &self.memory_mib.to_string()])
             .args(["-serial", &serial(&logs.kernel)])
-            .args(["-serial", &serial(&logs.programs)])
+            .args(["-serial", &reports])
             .arg("-kernel")
             .arg(&self.image)
             .arg("-initrd")
@@ -167,7 +176,11 @@ impl Machine {
         }
         let mut kernel = Tail::new(&logs.kernel)?;
         let mut programs = Tail::new(&logs.programs)?;
-        let mut qemu = Killed(self.command(logs).tied_to_us().spawn(&logs.qemu)?);
+        let command = self.command(logs).tied_to_us();
+        let mut qemu = Killed(match &self.dealer {
+            Some(_) => command.spawn_asked(&logs.programs, &logs.qemu)?,
+            None => command.spawn(&logs.qemu)?,
+        });
         let started = Instant::now();
         let mut console = Console::default();
         let (mut stopped, mut verdict_at) = (Duration::ZERO, None);
@@ -180,6 +193,9 @@ impl Machine {
             }
             for line in programs.lines(over.is_some())? {
                 let report = console.report_line(&line);
+                if report == Some(Report::Next) {
+                    self.answer(&mut qemu.0);
+                }
                 show(Some(&line), report.as_ref());
             }
             show(None, None);
@@ -212,6 +228,13 @@ impl Machine {
             time,
             stopped,
         })
+    }
+
+    /// Tells it which program is next. Where that fails the VM is gone, which is found out anyway.
+    fn answer(&self, qemu: &mut Child) {
+        if let (Some(dealer), Some(stdin)) = (&self.dealer, &mut qemu.stdin) {
+            let _ = writeln!(stdin, "{}", dealer.deal());
+        }
     }
 }
 
@@ -312,7 +335,6 @@ impl Tail {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write as _;
 
     fn machine(accelerator: Accelerator) -> Machine {
         Machine {
@@ -322,6 +344,7 @@ mod tests {
             memory_mib: 1024,
             accelerator,
             append: vec!["watchdog_thresh=5".into()],
+            dealer: None,
         }
     }
 

@@ -1,6 +1,7 @@
 //! What a VM run prints.
 
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ioregion_init::Report;
@@ -10,10 +11,45 @@ use super::qemu::Run;
 use crate::progress::Progress;
 use crate::sh::table;
 
-/// Prints what programs say as it comes, and reports in words.
+/// Where one VM or several are shown.
 #[derive(Debug)]
-pub struct Shown {
-    progress: Progress,
+pub struct Screen {
+    progress: Mutex<Progress>,
+    /// What runs, by VM.
+    running: Mutex<Vec<String>>,
+}
+
+impl Screen {
+    /// For VMs that are about to start.
+    pub fn new(vms: usize) -> Self {
+        Self {
+            progress: Mutex::new(Progress::new("the VM boots")),
+            running: Mutex::new(vec!["boot".into(); vms]),
+        }
+    }
+
+    fn progress(&self) -> MutexGuard<'_, Progress> {
+        // A line that was half printed does no harm.
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn runs(&self, vm: usize, what: &str) {
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(place) = running.get_mut(vm) {
+            what.clone_into(place);
+        }
+        self.progress().now(&running.join(" and "));
+    }
+}
+
+/// Prints what programs say, as it comes where there is one VM, and program by program where there
+/// are several; reports in words.
+#[derive(Debug)]
+pub struct Shown<'a> {
+    screen: &'a Screen,
+    vm: usize,
+    /// What is printed when the program ends.
+    kept: Option<Vec<String>>,
     /// When the last line came.
     last: Instant,
     /// Whether the last line was empty: one before a report is the first process's.
@@ -23,11 +59,13 @@ pub struct Shown {
 /// A test that takes longer is shown with its time.
 const LONG: Duration = Duration::from_secs(2);
 
-impl Shown {
-    /// For a VM that is about to start.
-    pub fn new() -> Self {
+impl<'a> Shown<'a> {
+    /// For a VM that is about to start: the only one, or number `vm` of several.
+    pub fn new(screen: &'a Screen, vm: Option<usize>) -> Self {
         Self {
-            progress: Progress::new("the VM boots"),
+            screen,
+            vm: vm.unwrap_or(0),
+            kept: vm.map(|_| Vec::new()),
             last: Instant::now(),
             empty: false,
         }
@@ -36,24 +74,49 @@ impl Shown {
     /// Shows a line, or that there is none yet.
     pub fn show(&mut self, line: Option<&str>, report: Option<&Report>) {
         let Some(line) = line else {
-            self.progress.tick(String::new);
+            self.screen.progress().tick(String::new);
             return;
         };
         if let Some(Report::Start { name }) = report {
-            self.progress.now(name);
+            self.screen.runs(self.vm, name);
         }
         if std::mem::replace(&mut self.empty, line.is_empty()) && report.is_none() {
-            self.progress.line("");
+            self.print("");
         }
         let text = match report {
             None if line.is_empty() => return,
-            // What comes as a result is not for eyes.
-            Some(Report::Data(_)) => return,
+            // What comes as a result is not for eyes, nor what VMs are told.
+            Some(Report::Data(_) | Report::Next) => return,
             Some(report) => in_words(report),
             None => with_time(line, self.last.elapsed()),
         };
         self.last = Instant::now();
-        self.progress.line(&text);
+        self.print(&text);
+        if let Some(Report::End { .. } | Report::Kvm(_) | Report::Verdict { .. }) = report {
+            self.release();
+        }
+    }
+
+    fn print(&mut self, line: &str) {
+        match &mut self.kept {
+            Some(kept) => kept.push(line.into()),
+            None => self.screen.progress().line(line),
+        }
+    }
+
+    /// Prints what was kept, in one piece.
+    fn release(&mut self) {
+        let mut progress = self.screen.progress();
+        for line in self.kept.iter_mut().flat_map(|kept| kept.drain(..)) {
+            progress.line(&line);
+        }
+    }
+}
+
+impl Drop for Shown<'_> {
+    /// A VM that ended in the middle of a program.
+    fn drop(&mut self) {
+        self.release();
     }
 }
 
@@ -78,6 +141,7 @@ fn in_words(report: &Report) -> String {
         Report::Kvm(Err(why)) => format!("-- KVM is not usable in the VM: {why}"),
         Report::File { name, size, .. } => format!("-- result {name}, {size} bytes"),
         Report::Data(bytes) => format!("-- {} bytes", bytes.len()),
+        Report::Next => "-- next".into(),
         Report::Broken(why) => format!("-- gave up: {why}"),
         Report::Verdict { passed, total } => format!("-- {passed} of {total} passed"),
     }
@@ -88,7 +152,7 @@ fn seconds(millis: u64) -> f64 {
 }
 
 /// The programs with their results and times.
-pub fn summary(run: &Run) -> String {
+pub fn summary(runs: &[Run]) -> String {
     let mut rows = vec![["program", "result", "seconds", "tests"].map(String::from)];
     for Ran {
         name,
@@ -96,7 +160,7 @@ pub fn summary(run: &Run) -> String {
         millis,
         tests,
         ..
-    } in &run.console.ran
+    } in runs.iter().flat_map(|run| &run.console.ran)
     {
         let (result, time) = match ending {
             Some(ending) if ending.passed() => ("passed".into(), seconds(*millis)),
@@ -115,7 +179,7 @@ pub fn summary(run: &Run) -> String {
     } else {
         String::new()
     };
-    if !run.stopped.is_zero() {
+    for run in runs.iter().filter(|run| !run.stopped.is_zero()) {
         text.push_str(&format!(
             "the VM stood still for {:.0} s, stopped from outside\n",
             run.stopped.as_secs_f64()
