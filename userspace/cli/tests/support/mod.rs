@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test program uses a part")]
 
 pub mod load;
+pub mod mortal;
 pub mod net;
 
 use std::fs::{self, File, OpenOptions};
