@@ -31,9 +31,8 @@ pub use accelerator::Choice;
 use initramfs::Initramfs;
 pub use options::{KernelChoice, VmArgs};
 use plants::Plant;
-use qemu::{Accelerator, Logs, Machine, Run};
+use qemu::{Accelerator, Logs, Machine};
 use share::Dealer;
-use show::{Screen, Shown};
 
 /// Packages whose tests run guests, and so run in the VM.
 pub const GUEST_PACKAGES: [&str; 3] = [
@@ -238,22 +237,25 @@ impl Prepared<'_> {
             let (dir, lock) = working_folder(&base, self.args.kernel_name())?;
             folders.push((dir, Some(lock)));
         }
-        let logs: Vec<Logs> = folders.iter().map(|(dir, _)| Logs::new(dir)).collect();
+        let vms: Vec<(Machine, Logs)> = folders
+            .iter()
+            .map(|(dir, _)| (machine.clone(), Logs::new(dir)))
+            .collect();
         let limit = Duration::from_secs(self.args.timeout);
-        let runs = run_all(&machine, &logs, limit)?;
+        let runs = share::run(&vms, limit)?;
         print!("\n{}", show::summary(&runs));
         for (dir, _) in &folders {
             println!("logs: {}", dir.display());
         }
         if self.args.keep {
-            println!("again by hand: {}", machine.command(&logs[0]));
+            println!("again by hand: {}", machine.command(&vms[0].1));
         } else {
             // Large, and made anew each time.
             let _ = std::fs::remove_file(&machine.initrd);
         }
         let failures = share::failures(&runs, jobs, limit);
         if !failures.is_empty() {
-            for (run, logs) in runs.iter().zip(&logs) {
+            for (run, (_, logs)) in runs.iter().zip(&vms) {
                 for tail in [&logs.qemu, &logs.kernel] {
                     show::tail(tail, run);
                 }
@@ -280,26 +282,35 @@ impl Prepared<'_> {
         let program = suite::plant(self.root)?;
         let mut rows = vec![["planted fault", "noticed", "as"].map(String::from)];
         let mut unnoticed = Vec::new();
-        for plant in plants {
-            let name = plant.name();
-            println!("\nplanting: {name}");
-            let mut initramfs = self.initramfs()?;
-            initramfs.job(&name, &program, &plant.args(), plant.limit_s())?;
-            let machine = self.machine(plant.append().as_slice());
-            initramfs.write(&machine.initrd)?;
-            let logs = Logs::new(&self.dir.join(&name));
-            std::fs::create_dir_all(self.dir.join(&name)).context("a folder for logs")?;
-            let limit = Duration::from_secs(self.args.timeout);
-            let run = run_alone(&machine, &logs, limit)?;
-            let _ = std::fs::remove_file(&machine.initrd);
-            let failures = run.failures(1, limit);
-            let noticed = plant.is_noticed(&run) && !failures.is_empty();
-            if !noticed {
-                show::tail(&logs.kernel, &run);
-                unnoticed.push(name.clone());
+        let limit = Duration::from_secs(self.args.timeout);
+        for some in plants.chunks(share::room(self.accelerator, self.args)) {
+            let mut vms = Vec::new();
+            for plant in some {
+                let name = plant.name();
+                println!("\nplanting: {name}");
+                let dir = self.dir.join(&name);
+                std::fs::create_dir_all(&dir).context("a folder for logs")?;
+                let mut initramfs = self.initramfs()?;
+                initramfs.job(&name, &program, &plant.args(), plant.limit_s())?;
+                let machine = Machine {
+                    initrd: dir.join("initramfs.cpio"),
+                    ..self.machine(plant.append().as_slice())
+                };
+                initramfs.write(&machine.initrd)?;
+                vms.push((machine, Logs::new(&dir)));
             }
-            let how = failures.first().cloned().unwrap_or_default();
-            rows.push([name, if noticed { "yes" } else { "NO" }.into(), how]);
+            let runs = share::run(&vms, limit)?;
+            for ((plant, run), (machine, logs)) in some.iter().zip(runs).zip(&vms) {
+                let _ = std::fs::remove_file(&machine.initrd);
+                let failures = run.failures(1, limit);
+                let noticed = plant.is_noticed(&run) && !failures.is_empty();
+                if !noticed {
+                    show::tail(&logs.kernel, &run);
+                    unnoticed.push(plant.name());
+                }
+                let how = failures.first().cloned().unwrap_or_default();
+                rows.push([plant.name(), if noticed { "yes" } else { "NO" }.into(), how]);
+            }
         }
         print!("\n{}", table(&rows));
         println!("logs: {}", self.dir.display());
@@ -309,36 +320,6 @@ impl Prepared<'_> {
         println!("all {} planted faults were noticed", plants.len());
         Ok(())
     }
-}
-
-/// Runs a VM and shows what it says.
-fn run_alone(machine: &Machine, logs: &Logs, limit: Duration) -> Result<Run> {
-    let screen = Screen::new(1);
-    let mut shown = Shown::new(&screen, None);
-    machine.run(logs, limit, |line, report| shown.show(line, report))
-}
-
-/// Runs as many VMs as there are places for logs, at the same time.
-fn run_all(machine: &Machine, logs: &[Logs], limit: Duration) -> Result<Vec<Run>> {
-    if let [logs] = logs {
-        return Ok(vec![run_alone(machine, logs, limit)?]);
-    }
-    let screen = &Screen::new(logs.len());
-    let run = |vm, logs| {
-        let mut shown = Shown::new(screen, Some(vm));
-        machine.run(logs, limit, |line, report| shown.show(line, report))
-    };
-    std::thread::scope(|scope| {
-        let started: Vec<_> = logs
-            .iter()
-            .enumerate()
-            .map(|(vm, logs)| scope.spawn(move || run(vm, logs)))
-            .collect();
-        let ended = started.into_iter().map(|vm| vm.join());
-        ended
-            .map(|run| run.unwrap_or_else(|_| bail!("what watches a VM panicked")))
-            .collect()
-    })
 }
 
 fn kernel(root: &Path, args: &VmArgs) -> Result<Kernel> {

@@ -41,7 +41,7 @@ pub enum Accelerator {
 }
 
 /// A VM to start.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Machine {
     /// bzImage or PVH ELF file.
     pub image: PathBuf,

@@ -4,8 +4,11 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use anyhow::{Result, bail};
+
 use super::options::VmArgs;
-use super::qemu::{Accelerator, Run};
+use super::qemu::{Accelerator, Logs, Machine, Run};
+use super::show::{Screen, Shown};
 
 /// More VMs would wait for the longest program.
 const MOST: usize = 4;
@@ -27,9 +30,18 @@ impl Dealer {
     }
 }
 
-/// How many VMs run `jobs` programs: one for each CPU and the memory of this machine, unless the
-/// arguments say. VMs whose time or whose CPUs are this machine's run alone.
+/// How many VMs run `jobs` programs, each of them worth its boot.
 pub fn vms(accelerator: Accelerator, args: &VmArgs, jobs: usize) -> usize {
+    let room = room(accelerator, args);
+    match args.vms {
+        Some(_) => room,
+        None => room.min(jobs / EACH).max(1),
+    }
+}
+
+/// How many VMs run at the same time: one for each CPU and the memory of this machine, unless the
+/// arguments say. VMs whose time or whose CPUs are this machine's run alone.
+pub fn room(accelerator: Accelerator, args: &VmArgs) -> usize {
     if accelerator != Accelerator::Emulation {
         return 1;
     }
@@ -40,7 +52,7 @@ pub fn vms(accelerator: Accelerator, args: &VmArgs, jobs: usize) -> usize {
     let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let fit = available_mib(&meminfo) / (u64::from(args.mem) + OVERHEAD_MIB);
     let fit = usize::try_from(fit).unwrap_or(MOST);
-    MOST.min(cpus).min(fit).min(jobs / EACH).max(1)
+    MOST.min(cpus).min(fit).max(1)
 }
 
 /// Memory that programs can have, from `/proc/meminfo`.
@@ -50,6 +62,27 @@ fn available_mib(meminfo: &str) -> u64 {
         .find_map(|line| line.strip_prefix("MemAvailable:"))
         .and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
     kib.unwrap_or(0) / 1024
+}
+
+/// Runs VMs at the same time, at least one, and shows what they say.
+pub fn run(vms: &[(Machine, Logs)], limit: Duration) -> Result<Vec<Run>> {
+    let screen = &Screen::new(vms.len());
+    let several = vms.len() > 1;
+    let watch = |number, (machine, logs): &(Machine, Logs)| {
+        let mut shown = Shown::new(screen, several.then_some(number));
+        machine.run(logs, limit, |line, report| shown.show(line, report))
+    };
+    std::thread::scope(|scope| {
+        let started: Vec<_> = vms
+            .iter()
+            .enumerate()
+            .map(|(number, vm)| scope.spawn(move || watch(number, vm)))
+            .collect();
+        let ended = started.into_iter().map(|vm| vm.join());
+        ended
+            .map(|run| run.unwrap_or_else(|_| bail!("what watches a VM panicked")))
+            .collect()
+    })
 }
 
 /// Why the run of `jobs` programs failed, one reason per item; empty where it passed.
