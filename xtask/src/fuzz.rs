@@ -3,12 +3,14 @@
 //! The same flags as cargo-fuzz's without a sanitizer, which any toolchain has: what is fuzzed is
 //! safe code, so that there is nothing for a sanitizer to find. `cargo fuzz run NAME` works, too.
 
-use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
+use crate::progress::Progress;
 use crate::sh::Cmd;
 
 /// The package, its folder, and its targets.
@@ -50,7 +52,7 @@ pub struct FuzzArgs {
     keep: bool,
 }
 
-/// Builds the targets and runs them one after the other; an error where one finds something.
+/// Builds the targets and runs them, one on each CPU at a time; an error where one finds something.
 pub fn run(root: &Path, args: &FuzzArgs) -> Result<()> {
     build(root)?;
     let chosen = |name: &&str| args.targets.is_empty() || args.targets.iter().any(|t| t == name);
@@ -58,10 +60,25 @@ pub fn run(root: &Path, args: &FuzzArgs) -> Result<()> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         now.map_or(1, |now| now.subsec_nanos() | 1)
     });
-    for (name, seed) in TARGETS.into_iter().filter(chosen).zip(seed..) {
-        println!("fuzzing {name} for {} s, seed {seed}", args.seconds);
-        fuzz(root, name, args.seconds, seed)?;
-        if args.keep {
+    let chosen: Vec<(&str, u32)> = TARGETS.into_iter().filter(chosen).zip(seed..).collect();
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut wrong = Vec::new();
+    for some in chosen.chunks(cpus) {
+        let fuzzers: Result<Vec<Fuzzer>> = some
+            .iter()
+            .map(|&(name, seed)| Fuzzer::start(root, name, args.seconds, seed))
+            .collect();
+        let mut fuzzers = fuzzers?;
+        wait(&mut fuzzers)?;
+        for fuzzer in &mut fuzzers {
+            wrong.extend(fuzzer.finding(root)?);
+        }
+    }
+    if !wrong.is_empty() {
+        bail!("{}", wrong.join("\n"));
+    }
+    if args.keep {
+        for (name, _) in chosen {
             keep(root, name)?;
         }
     }
@@ -98,27 +115,85 @@ fn make(root: &Path, folder: &str) -> Result<()> {
     std::fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))
 }
 
-fn fuzz(root: &Path, name: &str, seconds: u32, seed: u32) -> Result<()> {
-    let [kept, found] = corpora(name);
-    let artifacts = format!("{FOLDER}/artifacts/{name}/");
-    for folder in [&found, &artifacts] {
-        make(root, folder)?;
+/// A target that runs.
+struct Fuzzer {
+    name: &'static str,
+    seed: u32,
+    child: Child,
+    log: PathBuf,
+}
+
+impl Fuzzer {
+    fn start(root: &Path, name: &'static str, seconds: u32, seed: u32) -> Result<Self> {
+        println!("fuzzing {name} for {seconds} s, seed {seed}");
+        let [kept, found] = corpora(name);
+        for folder in [&found, &artifacts(name)] {
+            make(root, folder)?;
+        }
+        let log = root.join(TARGET_DIR).join(format!("{name}.log"));
+        let child = program(root, name)
+            // New inputs go to the first folder.
+            .args([&found, &kept])
+            .arg(format!("-max_total_time={seconds}"))
+            .arg(format!("-seed={seed}"))
+            .arg(format!("-artifact_prefix={}", artifacts(name)))
+            .args(["-timeout=20", "-rss_limit_mb=1024", "-print_final_stats=1"])
+            .tied_to_us()
+            .spawn(&log)?;
+        Ok(Self {
+            name,
+            seed,
+            child,
+            log,
+        })
     }
-    let run = program(root, name)
-        // New inputs go to the first folder.
-        .args([&found, &kept])
-        .arg(format!("-max_total_time={seconds}"))
-        .arg(format!("-seed={seed}"))
-        .arg(format!("-artifact_prefix={artifacts}"))
-        .args(["-timeout=20", "-rss_limit_mb=1024", "-print_final_stats=1"])
-        .run();
-    run.with_context(|| {
-        format!(
-            "{name} has found something (seed {seed}); the input lies in {artifacts}: `{} FILE` \
-             plays it again",
-            program(root, name)
-        )
-    })
+
+    fn runs(&mut self) -> Result<bool> {
+        let ended = self.child.try_wait().context("waiting for a fuzzer")?;
+        Ok(ended.is_none())
+    }
+
+    /// Prints how it ended, and returns what it has found.
+    fn finding(&mut self, root: &Path) -> Result<Option<String>> {
+        const LINES: usize = 12;
+        let Self {
+            name, seed, log, ..
+        } = self;
+        let status = self.child.wait().context("waiting for a fuzzer")?;
+        let text = std::fs::read(&log).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<&str> = text.lines().collect();
+        println!("\n{name}: {status}; {}", log.display());
+        for line in lines.iter().skip(lines.len().saturating_sub(LINES)) {
+            println!("| {line}");
+        }
+        Ok((!status.success()).then(|| {
+            format!(
+                "{name} has found something (seed {seed}); the input lies in {}: `{} FILE` plays \
+                 it again",
+                artifacts(name),
+                program(root, name)
+            )
+        }))
+    }
+}
+
+/// Where inputs with findings go.
+fn artifacts(name: &str) -> String {
+    format!("{FOLDER}/artifacts/{name}/")
+}
+
+/// Waits until all have ended.
+fn wait(fuzzers: &mut [Fuzzer]) -> Result<()> {
+    let names: Vec<&str> = fuzzers.iter().map(|fuzzer| fuzzer.name).collect();
+    let mut progress = Progress::new(&names.join(" and "));
+    for fuzzer in fuzzers {
+        while fuzzer.runs()? {
+            progress.tick(String::new);
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+    Ok(())
 }
 
 /// Replaces a target's corpus in the repository.
