@@ -37,17 +37,15 @@ mod message;
 mod port;
 mod requests;
 mod service;
-mod status;
 mod sys;
 pub mod vdpa;
 mod worker;
 
 pub use control::{Control, DeviceConfig, available};
 pub use error::Error;
+pub use ioregion_devices::virtio::{Health, Status, StatusError, Step};
 pub use iotlb::{Iotlb, Region, Session, Source, StillPinned};
 pub use log::{Identity, Log, LogFileError, Logged};
 pub use message::{Answer, BadRequest, Request, decode, encode};
 pub use port::{DeviceFile, Port};
 pub use service::{Service, ServiceOptions, offered};
-pub use status::{Status, StatusError, Step};
-pub use worker::Health;

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ioregion_abi::vduse::MESSAGE_BYTES;
-use ioregion_devices::virtio::{Device, Format, Position, Refusal};
+use ioregion_devices::virtio::{Device, Format, Offer, Position, Refusal, Running, Status, Step};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
@@ -17,9 +17,8 @@ use crate::iotlb::{Iotlb, Region, Source, StillPinned};
 use crate::log::{Log, Session};
 use crate::message::{Answer, Request, decode, encode};
 use crate::port::Port;
-use crate::service::{NEEDED, ServiceOptions};
-use crate::status::{Status, Step};
-use crate::worker::{Running, Shared, Worker};
+use crate::service::ServiceOptions;
+use crate::worker::{Shared, Worker};
 
 /// How long the kernel may take to note that a driver is ready, once it has the answer.
 const NOTING: Duration = Duration::from_secs(5);
@@ -36,7 +35,7 @@ pub(crate) struct Requests<P: Port> {
     pub(crate) port: Arc<P>,
     pub(crate) iotlb: Arc<Iotlb<Arc<P>>>,
     pub(crate) device: Arc<dyn Device>,
-    pub(crate) offered: u64,
+    pub(crate) offer: Offer,
     pub(crate) options: ServiceOptions,
     pub(crate) status: Status,
     pub(crate) stop: Arc<EventFd>,
@@ -263,15 +262,7 @@ impl<P: Port + 'static> Requests<P> {
 
     /// Whether the device works with features that a driver took.
     fn check(&self, features: u64) -> Result<(), Refusal> {
-        let (extra, missing) = (features & !self.offered, NEEDED & !features);
-        if extra != 0 {
-            return Err(Refusal::NotOffered(extra));
-        }
-        if missing != 0 {
-            return Err(Refusal::Missing(missing));
-        }
-        self.device
-            .check_features(features & self.device.features())
+        self.offer.check(&*self.device, features)
     }
 
     fn end_session(&self) {
@@ -295,7 +286,8 @@ impl<P: Port + 'static> Requests<P> {
         let session = self.iotlb.session();
         for index in 0..self.device.queues() {
             let shared = Arc::new(Shared::new()?);
-            self.port.set_kick(index.into(), shared.kick.as_fd())?;
+            self.port
+                .set_kick(index.into(), shared.control.eventfd().as_fd())?;
             let worker = Worker {
                 name: self.name.clone(),
                 index,
@@ -340,7 +332,7 @@ impl<P: Port + 'static> Requests<P> {
             std::mem::take(&mut *queues)
         };
         for shared in &queues {
-            shared.end();
+            shared.control.end();
         }
         // They have been told: requests that are under way are cancelled.
         let taken = self.iotlb.close(self.options.grace);

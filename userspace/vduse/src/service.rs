@@ -25,23 +25,19 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use ioregion_devices::virtio::Device;
+use ioregion_devices::virtio::{Device, Health, Offer, Status};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use virtio_bindings::virtio_config::{
-    VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1,
-};
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1};
 
 use crate::error::Error;
 use crate::iotlb::Iotlb;
 use crate::log::Log;
 use crate::port::Port;
 use crate::requests::Requests;
-use crate::status::Status;
-use crate::worker::{Health, Shared};
+use crate::worker::Shared;
 
 /// Features without which nothing here works.
-pub(crate) const NEEDED: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_F_ACCESS_PLATFORM;
+const NEEDED: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_F_ACCESS_PLATFORM;
 
 /// How a device is served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,12 +62,11 @@ impl Default for ServiceOptions {
 /// All features that a device offers over VDUSE.
 #[must_use]
 pub fn offered(device: &dyn Device, options: &ServiceOptions) -> u64 {
-    let mut features = device.features() | NEEDED;
-    features |= 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
-    if options.packed {
-        features |= 1 << VIRTIO_F_RING_PACKED;
-    }
-    features
+    offer(device, options).all()
+}
+
+fn offer(device: &dyn Device, options: &ServiceOptions) -> Offer {
+    Offer::new(device, NEEDED, options.packed)
 }
 
 /// A device that is served, until it is stopped or the kernel gives it up.
@@ -145,7 +140,7 @@ impl Service {
             name: name.into(),
             iotlb: Arc::new(Iotlb::new(Arc::clone(&port))),
             port,
-            offered: offered(&*device, &options),
+            offer: offer(&*device, &options),
             device,
             options,
             status: Status::default(),
@@ -209,8 +204,7 @@ impl Service {
     #[must_use]
     pub fn health(&self) -> Vec<Health> {
         let queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
-        let health =
-            |shared: &Arc<Shared>| *shared.health.lock().unwrap_or_else(PoisonError::into_inner);
+        let health = |shared: &Arc<Shared>| shared.control.health();
         queues.iter().map(health).collect()
     }
 

@@ -1,5 +1,8 @@
 //! A queue in either format, and why one is broken.
 
+use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
 use super::chain::Chain;
 use super::device::Done;
 use super::log::{Journal, LogError, Place, QueueLog};
@@ -43,6 +46,23 @@ pub struct Setup {
     pub indirect: bool,
     /// `VIRTIO_F_EVENT_IDX` was negotiated.
     pub event_idx: bool,
+}
+
+impl Setup {
+    /// A queue of a driver that took these features.
+    #[must_use]
+    pub fn new(features: u64, layout: Layout) -> Self {
+        let has = |bit: u32| features & 1 << bit != 0;
+        Self {
+            format: match has(VIRTIO_F_RING_PACKED) {
+                true => Format::Packed,
+                false => Format::Split,
+            },
+            layout,
+            indirect: has(VIRTIO_RING_F_INDIRECT_DESC),
+            event_idx: has(VIRTIO_RING_F_EVENT_IDX),
+        }
+    }
 }
 
 /// Where a queue stands between requests.
