@@ -9,6 +9,7 @@ mod packed;
 mod pin;
 mod queue;
 mod serve;
+mod shared;
 mod split;
 mod status;
 
@@ -20,4 +21,5 @@ pub use offer::Offer;
 pub use pin::{Access, Hold, MAX_RANGES, Pin};
 pub use queue::{Broken, Format, Layout, Position, Queue, Setup};
 pub use serve::{Control, End, Entered, Health, Running, Transport};
+pub use shared::{SharedMemory, SharedMemoryError, SharedRegion};
 pub use status::{Status, StatusError, Step};
