@@ -4,10 +4,14 @@
 //!   the trait of a device.
 //! * [`blk`]: a disk.
 //! * [`net`]: a network device.
+//! * [`rng`]: a source of random bytes.
+//! * [`mmio`]: registers by which a guest reaches any of them.
 //!
 //! A device gets requests and answers them. It knows neither who carries notifications nor whose
 //! memory it works on: a driver in this machine's kernel over VDUSE, or one in a guest.
 
 pub mod blk;
+pub mod mmio;
 pub mod net;
+pub mod rng;
 pub mod virtio;

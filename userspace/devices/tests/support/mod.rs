@@ -82,6 +82,12 @@ pub fn put(memory: &dyn Memory, addr: u64, bytes: &[u8]) {
     memory.write(addr, bytes).unwrap();
 }
 
+pub fn get(memory: &dyn Memory, addr: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    memory.read(addr, &mut bytes).unwrap();
+    bytes
+}
+
 /// A descriptor of either format.
 pub fn descriptor(memory: &dyn Memory, at: u64, addr: u64, len: u32, at12: u16, at14: u16) {
     let mut bytes = addr.to_le_bytes().to_vec();
