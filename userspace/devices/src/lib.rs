@@ -3,6 +3,7 @@
 //! * [`virtio`]: what all virtio devices share: the driver's memory, queues in both formats, and
 //!   the trait of a device.
 //! * [`blk`]: a disk.
+//! * [`console`]: a console.
 //! * [`net`]: a network device.
 //! * [`rng`]: a source of random bytes.
 //! * [`mmio`]: registers by which a guest reaches any of them.
@@ -11,6 +12,7 @@
 //! memory it works on: a driver in this machine's kernel over VDUSE, or one in a guest.
 
 pub mod blk;
+pub mod console;
 pub mod mmio;
 pub mod net;
 pub mod rng;
