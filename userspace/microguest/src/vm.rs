@@ -223,6 +223,14 @@ impl MicroVm {
         Ok(bytes)
     }
 
+    /// Guest physical address of a [cell](Self::cell), for devices that access guest RAM.
+    pub fn cell_address(&self, cell: u32) -> Result<u64> {
+        match cell < CELLS {
+            true => Ok(cell_at(cell).into()),
+            false => Err(Error::BadCell(cell)),
+        }
+    }
+
     /// One of [`CELLS`] words in guest RAM (a cache line each, initially 0) that all vCPUs and
     /// the host share.
     pub fn cell(&self, cell: u32) -> Result<&AtomicU32> {
