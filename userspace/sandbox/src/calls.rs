@@ -12,6 +12,7 @@ use seccompiler::{
 use syscalls::Sysno;
 
 use crate::error::Error;
+use crate::user::User;
 
 /// `PR_SET_VMA`: libraries name their memory.
 const PR_SET_VMA: u64 = 0x5356_4d41;
@@ -129,13 +130,22 @@ impl Bits {
             value,
         }
     }
+
+    fn condition(&self) -> Result<SeccompCondition, BackendError> {
+        let len = match self.len {
+            Len::Half => SeccompCmpArgLen::Dword,
+            Len::Whole => SeccompCmpArgLen::Qword,
+        };
+        let masked = SeccompCmpOp::MaskedEq(self.mask);
+        SeccompCondition::new(self.argument, len, masked, self.value)
+    }
 }
 
 /// The system calls that a process may make.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Calls {
-    /// By number; where there are conditions, one must hold.
-    allowed: BTreeMap<Sysno, Vec<Bits>>,
+    /// By number; where there are groups of conditions, all of one group must hold.
+    allowed: BTreeMap<Sysno, Vec<Vec<Bits>>>,
     /// Those that fail with an error.
     refused: BTreeMap<Sysno, libc::c_int>,
 }
@@ -214,14 +224,20 @@ impl Calls {
         ])
     }
 
+    /// Receiving by sockets that are open, descriptors among it, too.
+    #[must_use]
+    pub fn receiving(self) -> Self {
+        self.and(&[Sysno::recvmsg])
+    }
+
     /// These requests to devices (`ioctl`), too.
     #[must_use]
     pub fn requests(mut self, requests: &[u64]) -> Self {
-        let requests = requests.iter().map(|&request| Bits::int(1, request));
-        self.allowed
-            .entry(Sysno::ioctl)
-            .or_default()
-            .extend(requests);
+        // A call without conditions would be allowed whatever it asks for.
+        for &request in requests {
+            let alternatives = self.allowed.entry(Sysno::ioctl).or_default();
+            alternatives.push(vec![Bits::int(1, request)]);
+        }
         self
     }
 
@@ -231,8 +247,10 @@ impl Calls {
         self
     }
 
+    /// Allows a call where one of these conditions holds.
     fn only(&mut self, call: Sysno, conditions: Vec<Bits>) {
-        self.allowed.insert(call, conditions);
+        let alone = conditions.into_iter().map(|condition| vec![condition]);
+        self.allowed.insert(call, alone.collect());
     }
 
     fn refuse(&mut self, calls: &[Sysno], errno: libc::c_int) {
@@ -242,12 +260,26 @@ impl Calls {
     /// Calls with paths: those that other rules judge are allowed, or all fail.
     pub(crate) fn paths(mut self, judged: bool) -> Self {
         match judged {
-            true => self.and(PATHS),
+            // By path, too.
+            true => self.and(PATHS).and(&[Sysno::newfstatat, Sysno::statx]),
             false => {
                 self.refuse(PATHS, libc::EACCES);
                 self
             }
         }
+    }
+
+    /// With the removal of files.
+    pub(crate) fn removing(self) -> Self {
+        self.and(&[Sysno::unlinkat])
+    }
+
+    /// With files that are open given to this user.
+    pub(crate) fn giving(mut self, user: User) -> Self {
+        let owner = Bits::int(1, user.uid().as_raw().into());
+        let group = Bits::int(2, user.gid().as_raw().into());
+        self.allowed.insert(Sysno::fchown, vec![vec![owner, group]]);
+        self
     }
 
     /// With signals to this process, which libraries end it by.
@@ -272,14 +304,9 @@ impl Calls {
         }
         let mut rules = BTreeMap::new();
         for (&call, conditions) in &self.allowed {
-            let alternatives = conditions.iter().map(|bits| {
-                let len = match bits.len {
-                    Len::Half => SeccompCmpArgLen::Dword,
-                    Len::Whole => SeccompCmpArgLen::Qword,
-                };
-                let masked = SeccompCmpOp::MaskedEq(bits.mask);
-                let condition = SeccompCondition::new(bits.argument, len, masked, bits.value)?;
-                SeccompRule::new(vec![condition])
+            let alternatives = conditions.iter().map(|group| {
+                let group = group.iter().map(Bits::condition);
+                SeccompRule::new(group.collect::<Result<_, _>>()?)
             });
             let alternatives = alternatives.collect::<Result<_, _>>().map_err(failed)?;
             rules.insert(number(call), alternatives);
@@ -302,6 +329,8 @@ mod tests {
             .io_uring()
             .requests(&[1, 2, 3])
             .paths(false)
+            .removing()
+            .giving(User::NOBODY)
             .signalling(1);
         for program in calls.programs().unwrap() {
             // BPF_MAXINSNS.

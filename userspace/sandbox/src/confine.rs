@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use caps::{CapSet, Capability, CapsHashSet};
 use landlock::{
-    ABI, Access as _, AccessFs, AccessNet, CompatLevel, Compatible as _, PathBeneath, PathFd,
-    Ruleset, RulesetAttr as _, RulesetCreated, RulesetCreatedAttr as _, RulesetStatus, Scope,
+    ABI, Access as _, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible as _, PathBeneath,
+    PathFd, Ruleset, RulesetAttr as _, RulesetCreated, RulesetCreatedAttr as _, RulesetStatus,
+    Scope,
 };
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
@@ -27,13 +28,28 @@ use crate::violation;
 /// restricted.
 const LANDLOCK: ABI = ABI::V6;
 
-/// What a process may do with a file that it opens.
+/// What a process may do with a file, or with all files in a folder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FileAccess {
-    /// Read.
+    /// Open it to read.
     Read,
-    /// Read and write.
+    /// Open it to read and write.
     ReadWrite,
+    /// Open it to read and write, and send it requests (`ioctl`), as far as the calls allow them.
+    Device,
+    /// Remove it; of a folder only.
+    Remove,
+}
+
+impl FileAccess {
+    fn rights(self) -> BitFlags<AccessFs> {
+        match self {
+            Self::Read => AccessFs::ReadFile.into(),
+            Self::ReadWrite => AccessFs::ReadFile | AccessFs::WriteFile,
+            Self::Device => AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev,
+            Self::Remove => AccessFs::RemoveFile.into(),
+        }
+    }
 }
 
 /// What a process keeps.
@@ -42,6 +58,7 @@ pub struct Confinement {
     calls: Calls,
     user: Option<User>,
     net_admin: bool,
+    gives_to: Option<User>,
     isolated: bool,
     network: bool,
     files: Vec<(PathBuf, FileAccess)>,
@@ -56,6 +73,7 @@ impl Confinement {
             calls,
             user: None,
             net_admin: false,
+            gives_to: None,
             isolated: false,
             network: false,
             files: Vec::new(),
@@ -77,6 +95,14 @@ impl Confinement {
         self
     }
 
+    /// Keeps the right to give files that it has open to this user, and to nobody else
+    /// (`CAP_CHOWN`, where the process has it).
+    #[must_use]
+    pub fn gives_to(mut self, user: User) -> Self {
+        self.gives_to = Some(user);
+        self
+    }
+
     /// Moves into an empty root folder and a network of its own with nobody in it, where the
     /// process has the right to. Then sockets reach nobody, not even by path or over io_uring.
     #[must_use]
@@ -85,7 +111,9 @@ impl Confinement {
         self
     }
 
-    /// Keeps the right to open a file; the root folder then stays.
+    /// Keeps a right to a file, or to all files in a folder; the root folder then stays, and
+    /// paths can be looked at. Where a path leads is settled by
+    /// [`apply`](Self::apply).
     #[must_use]
     pub fn file(mut self, path: &Path, access: FileAccess) -> Self {
         self.files.push((path.into(), access));
@@ -136,7 +164,14 @@ impl Confinement {
             tracing::warn!("this kernel's Landlock is older than 6.12: signals and TCP are free");
         }
         violation::install()?;
-        let calls = self.calls.paths(!self.files.is_empty());
+        let removes = |&(_, access): &(_, FileAccess)| access == FileAccess::Remove;
+        let mut calls = self.calls.paths(!self.files.is_empty());
+        if self.files.iter().any(removes) {
+            calls = calls.removing();
+        }
+        if let Some(user) = self.gives_to {
+            calls = calls.giving(user);
+        }
         for program in calls.signalling(std::process::id()).programs()? {
             seccompiler::apply_filter(&program)
                 .map_err(|error| Error::Filter(error.to_string()))?;
@@ -172,12 +207,8 @@ impl Confinement {
                 why,
             };
             let file = PathFd::new(path).map_err(|error| bad(error.to_string()))?;
-            let access = match access {
-                FileAccess::Read => AccessFs::ReadFile.into(),
-                FileAccess::ReadWrite => AccessFs::ReadFile | AccessFs::WriteFile,
-            };
             rules = rules
-                .add_rule(PathBeneath::new(file, access))
+                .add_rule(PathBeneath::new(file, access.rights()))
                 .map_err(|error| bad(error.to_string()))?;
         }
         Ok(rules)
@@ -217,10 +248,15 @@ impl Confinement {
             setresuid(uid, uid, uid).map_err(system("changing the user"))?;
         }
         let mut keep = CapsHashSet::new();
-        // A change of user has taken it away.
-        if self.net_admin && self.user.is_none() && has.contains(&Capability::CAP_NET_ADMIN) {
-            keep.insert(Capability::CAP_NET_ADMIN);
-        }
+        // A change of user has taken them away.
+        let wanted = [
+            (self.net_admin, Capability::CAP_NET_ADMIN),
+            (self.gives_to.is_some(), Capability::CAP_CHOWN),
+        ];
+        keep.extend(wanted.into_iter().filter_map(|(is_wanted, capability)| {
+            let kept = is_wanted && self.user.is_none() && has.contains(&capability);
+            kept.then_some(capability)
+        }));
         // The kernel may be too old for ambient ones; it then has none.
         let _ = caps::clear(None, CapSet::Ambient);
         caps::set(None, CapSet::Inheritable, &CapsHashSet::new()).map_err(failed(dropped))?;

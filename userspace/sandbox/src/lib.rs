@@ -37,6 +37,7 @@
 mod calls;
 mod confine;
 mod error;
+mod message;
 mod process;
 mod user;
 mod violation;
@@ -44,5 +45,6 @@ mod violation;
 pub use calls::Calls;
 pub use confine::{Confinement, FileAccess};
 pub use error::Error;
+pub use message::{receive, send};
 pub use process::{Child, fork};
 pub use user::User;
