@@ -19,6 +19,10 @@ use crate::sys;
 
 const PATH: &str = "/dev/vduse/control";
 
+/// The requests (`ioctl`) of [`Control::create`] and [`Control::destroy`]: what a filter of system
+/// calls has to let through for a process that has the control device open.
+pub const CONTROL_REQUESTS: [u64; 2] = [VDUSE_CREATE_DEV, VDUSE_DESTROY_DEV];
+
 /// What a device is made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceConfig {
@@ -185,7 +189,11 @@ fn padded(name: &str) -> Result<[u8; VDUSE_NAME_MAX], Error> {
 }
 
 /// Whether a device can have this name.
-pub(crate) fn check_name(name: &str) -> Result<(), Error> {
+///
+/// # Errors
+///
+/// [`Error::Name`], with what a name must be.
+pub fn check_name(name: &str) -> Result<(), Error> {
     padded(name).map(drop)
 }
 

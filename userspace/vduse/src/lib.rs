@@ -31,6 +31,7 @@
 
 mod control;
 mod error;
+mod identity;
 mod iotlb;
 mod log;
 mod message;
@@ -41,11 +42,12 @@ mod sys;
 pub mod vdpa;
 mod worker;
 
-pub use control::{Control, DeviceConfig, available};
+pub use control::{CONTROL_REQUESTS, Control, DeviceConfig, available, check_name};
 pub use error::Error;
+pub use identity::Identity;
 pub use ioregion_devices::virtio::{Health, Status, StatusError, Step};
 pub use iotlb::{Iotlb, Region, Session, Source, StillPinned};
-pub use log::{Identity, Log, LogFileError, Logged};
+pub use log::{Log, LogFileError, Logged};
 pub use message::{Answer, BadRequest, Request, decode, encode};
-pub use port::{DeviceFile, Port};
+pub use port::{DEVICE_REQUESTS, DeviceFile, Port};
 pub use service::{Service, ServiceOptions, offered};

@@ -10,7 +10,7 @@
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,8 +20,7 @@ use ioregion_devices::virtio::{QueueLog, Words};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, posix_fallocate};
 
-use crate::control::check_name;
-use crate::error::Error;
+use crate::identity::Identity;
 use crate::sys::Mapping;
 
 /// First word. A file without it is left alone.
@@ -52,45 +51,6 @@ mod at {
 const NO_DRIVER: u64 = 0;
 const DRIVER: u64 = 1;
 const ENDING: u64 = 2;
-
-/// Which device it is: no two devices have the same, whatever their names.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Identity {
-    /// The boot of the machine that it was made in.
-    pub boot: u128,
-    /// Its number in that boot.
-    pub inode: u64,
-}
-
-impl Identity {
-    /// That of the device of this name.
-    ///
-    /// # Errors
-    ///
-    /// Where there is none, or the system does not say.
-    pub fn of(name: &str) -> Result<Self, Error> {
-        check_name(name)?;
-        let open = |path: &Path| {
-            let path = path.to_owned();
-            move |error| Error::Open { path, error }
-        };
-        let path = Path::new("/proc/sys/kernel/random/boot_id");
-        let text = std::fs::read_to_string(path).map_err(open(path))?;
-        let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
-        let boot = u128::from_str_radix(&digits, 16);
-        let boot = boot.map_err(|error| open(path)(io::Error::other(error)))?;
-        // Numbers are not used again before the machine restarts.
-        let path = Path::new("/sys/class/vduse").join(name);
-        let inode = std::fs::metadata(&path).map_err(open(&path))?.ino();
-        Ok(Self { boot, inode })
-    }
-
-    fn words(self) -> [u64; 3] {
-        let low = u64::try_from(self.boot & u128::from(u64::MAX)).unwrap_or_default();
-        let high = u64::try_from(self.boot >> 64).unwrap_or_default();
-        [low, high, self.inode]
-    }
-}
 
 /// What a log is of.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -227,6 +187,24 @@ impl Log {
         Self::open_with(path, logged, exists)
     }
 
+    /// Makes the folder that a log at this path lies in, where there is none.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub fn make_folder(path: &Path) -> Result<(), LogFileError> {
+        let Some(folder) = path.parent() else {
+            return Ok(());
+        };
+        let mut builder = DirBuilder::new();
+        let made = builder.recursive(true).mode(0o755).create(folder);
+        made.map_err(|error| LogFileError::System {
+            path: path.into(),
+            what: "making its folder",
+            error,
+        })
+    }
+
     fn open_with(
         path: &Path,
         logged: &Logged,
@@ -236,13 +214,7 @@ impl Log {
             let path = path.to_owned();
             move |error| LogFileError::System { path, what, error }
         };
-        if let Some(folder) = path.parent() {
-            let mut builder = DirBuilder::new();
-            builder.recursive(true).mode(0o755);
-            builder
-                .create(folder)
-                .map_err(failed("making its folder"))?;
-        }
+        Self::make_folder(path)?;
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -352,6 +324,17 @@ impl Log {
             self.words.store(at, word);
         }
         self.words.store(at::VERSION, VERSION);
+    }
+
+    /// Makes it the log of another device that is made like the one before, which is gone.
+    pub fn renew(&mut self, identity: Identity) {
+        self.logged.identity = identity;
+        // Until it is whole again it is nobody's.
+        self.words.store(at::VERSION, UNFINISHED);
+        self.clear();
+        self.write_head();
+        // Of a file that was cut short this device has to hear, too.
+        self.said = AtomicBool::new(false);
     }
 
     /// What it is of.

@@ -2,16 +2,16 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 
 use ioregion_abi::vduse::{
     ConfigData, IotlbEntry, VDUSE_ACCESS_RO, VDUSE_ACCESS_WO, VDUSE_DEV_GET_FEATURES,
-    VDUSE_DEV_INJECT_CONFIG_IRQ, VDUSE_DEV_SET_CONFIG, VDUSE_VQ_GET_INFO, VDUSE_VQ_INJECT_IRQ,
-    VDUSE_VQ_SETUP, VDUSE_VQ_SETUP_KICKFD, VqConfig, VqEventfd, VqInfo,
+    VDUSE_DEV_INJECT_CONFIG_IRQ, VDUSE_DEV_SET_CONFIG, VDUSE_IOTLB_GET_FD, VDUSE_VQ_GET_INFO,
+    VDUSE_VQ_INJECT_IRQ, VDUSE_VQ_SETUP, VDUSE_VQ_SETUP_KICKFD, VqConfig, VqEventfd, VqInfo,
 };
 
-use crate::control::path_of;
+use crate::control::{check_name, path_of};
 use crate::error::Error;
 use crate::iotlb::{Region, Source};
 use crate::sys;
@@ -65,6 +65,19 @@ pub trait Port: AsFd + Source {
     fn change_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()>;
 }
 
+/// The requests (`ioctl`) that a [`DeviceFile`] makes: what a filter of system calls has to let
+/// through for a process that serves it.
+pub const DEVICE_REQUESTS: [u64; 8] = [
+    VDUSE_IOTLB_GET_FD,
+    VDUSE_DEV_GET_FEATURES,
+    VDUSE_DEV_SET_CONFIG,
+    VDUSE_DEV_INJECT_CONFIG_IRQ,
+    VDUSE_VQ_SETUP,
+    VDUSE_VQ_GET_INFO,
+    VDUSE_VQ_SETUP_KICKFD,
+    VDUSE_VQ_INJECT_IRQ,
+];
+
 /// The file of a device, `/dev/vduse/NAME`.
 #[derive(Debug)]
 pub struct DeviceFile {
@@ -93,6 +106,20 @@ impl DeviceFile {
             }),
             Err(error) => Err(Error::Open { path, error }),
         }
+    }
+
+    /// The file of a device that another process has opened in this way, and does not have any
+    /// more.
+    ///
+    /// # Errors
+    ///
+    /// A name that no device can have.
+    pub fn received(name: &str, file: OwnedFd) -> Result<Self, Error> {
+        check_name(name)?;
+        Ok(Self {
+            name: name.into(),
+            file: file.into(),
+        })
     }
 
     /// Whether a device of this name was made.

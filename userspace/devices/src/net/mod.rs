@@ -22,7 +22,7 @@ use virtio_bindings::virtio_net::{
 
 use crate::virtio::{Device, Lane, Refusal};
 pub use config::{Mac, MacError};
-pub use tap::{Tap, TapError};
+pub use tap::{TAP_REQUESTS, Tap, TapError};
 pub use traffic::Traffic;
 
 /// Bytes of the header in front of each packet (`struct virtio_net_hdr_v1`, little-endian), here

@@ -15,6 +15,10 @@ use super::{Link, header, sys};
 
 const PATH: &str = "/dev/net/tun";
 
+/// The requests (`ioctl`) that a [`Tap`] makes once it is open: what a filter of system calls has
+/// to let through.
+pub const TAP_REQUESTS: [u64; 1] = [libc::TUNSETOFFLOAD];
+
 /// Which of the TAP's offloads a feature of the driver's allows.
 const OFFLOADS: [(u32, u32); 4] = [
     (VIRTIO_NET_F_GUEST_CSUM, libc::TUN_F_CSUM),

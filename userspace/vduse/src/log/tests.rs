@@ -122,6 +122,32 @@ fn log_of_a_device_that_is_gone_is_used_again_and_of_one_that_is_there_is_not() 
 }
 
 #[test]
+fn log_becomes_that_of_a_device_which_is_made_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log");
+    let mut log = open(&path, &logged(1)).unwrap();
+    log.begin_session();
+    begin(&log, 0);
+    log.renew(logged(2).identity);
+    assert_eq!(*log.logged(), logged(2));
+    let is_empty = |log: &Log| (active(log), log.session()) == ([false, false], Session::None);
+    assert!(is_empty(&log));
+    log.begin_session();
+    begin(&log, 1);
+    let error = open(&path, &logged(2)).unwrap_err();
+    assert!(matches!(error, LogFileError::Locked(_)), "{error}");
+    drop(log);
+    let log = open(&path, &logged(2)).unwrap();
+    assert_eq!(
+        (active(&log), log.session()),
+        ([false, true], Session::Driver)
+    );
+    drop(log);
+    // Of the device before it says nothing.
+    assert!(is_empty(&open(&path, &logged(1)).unwrap()));
+}
+
+#[test]
 fn log_of_a_device_with_other_options_is_refused_with_the_remedy() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("log");
