@@ -1,21 +1,27 @@
 //! `ioregion vduse`: make a device, attach it, serve it, and remove it again.
+//!
+//! All but serving needs rights, and is left to another process ([`keeper`]). This one opens what
+//! the device works on, gives its own rights up, and serves.
 
+mod keeper;
 mod net;
+mod wire;
 
 use std::os::fd::AsFd as _;
-use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, Subcommand};
 use ioregion_devices::blk::{Blk, BlkError, ImageError, Options};
 use ioregion_devices::virtio::Device;
+use ioregion_sandbox::{Calls, Confinement, User};
 use ioregion_vduse::{
-    Control, DeviceConfig, DeviceFile, Error, Identity, Log, Logged, Service, ServiceOptions,
-    offered, vdpa,
+    DEVICE_REQUESTS, DeviceConfig, DeviceFile, Error, Log, Logged, Service, ServiceOptions,
+    check_name, offered,
 };
+use keeper::{Errand, Handed, Keeper};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
@@ -24,6 +30,9 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 /// How long a service that was killed may keep its image locked. What it has begun ends much sooner
 /// unless the image's storage hangs.
 const AFTERLIFE: Duration = Duration::from_secs(10);
+
+/// Bytes that a service may lock: rings and buffers of io_uring for each of a few queues.
+const LOCKED_MEMORY: u64 = 1 << 30;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -51,24 +60,27 @@ pub(crate) enum Command {
     /// this machine, with vhost_vdpa one for a VMM (/dev/vhost-vdpa-0).
     #[command(after_help = "Example:\n  ioregion vduse net --name net0 --tap tap0")]
     Net(net::NetArgs),
-    /// Puts a device on the vDPA bus, or takes it off
-    ///
-    /// Services have it done by a process of its own, which a driver may keep waiting for them.
-    #[command(hide = true)]
-    Bus {
-        /// What to do
-        what: Bus,
-        /// Name of the device
-        name: String,
-    },
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub(crate) enum Bus {
-    /// On the bus
-    Attach,
-    /// Off the bus
-    Detach,
+/// Whom a service runs as.
+#[derive(Debug, Args)]
+pub(crate) struct UserArgs {
+    /// Whom the service runs as, by names or numbers, not root [default: 65534:65534 where root
+    /// starts it, else whoever does]
+    ///
+    /// The service gives up all rights before a driver reaches it. What it works on is opened
+    /// before that: its user needs no access to it.
+    #[arg(long, value_name = "USER[:GROUP]")]
+    user: Option<String>,
+}
+
+impl UserArgs {
+    /// Another user than the one that this process runs as.
+    fn find(&self) -> Result<Option<User>> {
+        let default = nix::unistd::geteuid().is_root().then_some(User::NOBODY);
+        let wanted = self.user.as_deref().map(User::find).transpose();
+        Ok(wanted.context("--user")?.or(default))
+    }
 }
 
 #[derive(Debug, Args)]
@@ -104,6 +116,8 @@ pub(crate) struct BlkArgs {
     /// /run/ioregion/vduse-NAME.log]
     #[arg(long, value_name = "FILE")]
     log: Option<PathBuf>,
+    #[command(flatten)]
+    user: UserArgs,
 }
 
 fn queue_size(text: &str) -> Result<u16, String> {
@@ -117,14 +131,13 @@ pub(crate) fn run(command: &Command) -> Result<()> {
     match command {
         Command::Blk(args) => blk(args),
         Command::Net(args) => net::run(args),
-        Command::Bus { what, name } => match what {
-            Bus::Attach => Ok(vdpa::attach(name)?),
-            Bus::Detach => Ok(vdpa::detach(name)?),
-        },
     }
 }
 
 fn blk(args: &BlkArgs) -> Result<()> {
+    let log = args.log.clone();
+    let log = log.unwrap_or_else(|| Log::path_for(&args.name));
+    let started = Started::new(&args.name, Some(log), &args.user)?;
     let options = Options {
         read_only: args.read_only,
         queues: args.queues,
@@ -133,22 +146,24 @@ fn blk(args: &BlkArgs) -> Result<()> {
         io_uring: !args.no_io_uring,
     };
     let disk = open(args, &options)?;
+    let calls = match options.io_uring {
+        true => Calls::service().io_uring(),
+        false => Calls::service(),
+    };
     let options = ServiceOptions {
         packed: args.packed,
         ..ServiceOptions::default()
     };
     let disk = Arc::new(disk);
     let refresh = || Ok(disk.refresh()?);
-    let log = args.log.clone();
     let served = Served {
         name: &args.name,
         device: Arc::clone(&disk) as _,
         queue_size: args.queue_size,
         options,
-        log: Some(log.unwrap_or_else(|| Log::path_for(&args.name))),
         refresh: &refresh,
     };
-    served.run()
+    served.run(started, calls)
 }
 
 /// Opens the image. Of a service that was killed the kernel first finishes what it has begun, which
@@ -167,26 +182,33 @@ fn open(args: &BlkArgs, options: &Options) -> Result<Blk, BlkError> {
     }
 }
 
-/// A device that was made and is removed when this goes, unless that was done.
-struct Made<'a> {
-    control: Control,
-    name: Option<&'a str>,
+/// What there is before anything of the device is opened, and before there are other threads.
+struct Started {
+    signals: SignalFd,
+    keeper: Keeper,
+    user: Option<User>,
+    log: Option<PathBuf>,
 }
 
-impl Made<'_> {
-    fn remove(mut self) -> Result<()> {
-        let name = self.name.take().unwrap_or_default();
-        Ok(self.control.destroy(name)?)
-    }
-}
-
-impl Drop for Made<'_> {
-    fn drop(&mut self) {
-        if let Some(name) = self.name
-            && let Err(error) = self.control.destroy(name)
-        {
-            tracing::error!(%error, "the device stays");
-        }
+impl Started {
+    /// `log`: where requests in flight are on record. Without a record a device is not taken over.
+    fn new(name: &str, log: Option<PathBuf>, user: &UserArgs) -> Result<Self> {
+        check_name(name)?;
+        let user = user.find()?;
+        // Other threads would get the signals otherwise, and the keeper, which ends with us.
+        let mask = block_signals().context("blocking signals")?;
+        let keeper = Keeper::start(Errand {
+            name: name.into(),
+            log: log.clone(),
+            user,
+        })?;
+        let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC);
+        Ok(Self {
+            signals: signals.context("waiting for signals")?,
+            keeper,
+            user,
+            log,
+        })
     }
 }
 
@@ -196,19 +218,47 @@ struct Served<'a> {
     device: Arc<dyn Device>,
     queue_size: u16,
     options: ServiceOptions,
-    /// Where requests in flight are on record. Without a record a device is not taken over.
-    log: Option<PathBuf>,
     /// Looks whether the configuration has changed.
     refresh: &'a dyn Fn() -> Result<bool>,
 }
 
+/// What changes while it is served.
+struct State {
+    signals: SignalFd,
+    keeper: Keeper,
+    /// What the process keeps, until the rest is taken away.
+    confinement: Option<Confinement>,
+    /// Where the log is to be, until it is open.
+    path: Option<PathBuf>,
+    log: Option<Arc<Log>>,
+}
+
 impl Served<'_> {
     /// Serves the device until a signal asks for its end, making it anew where the kernel gives it
-    /// up.
-    fn run(&self) -> Result<()> {
-        // Before there are other threads, which would get the signals otherwise.
-        let signals = signals().context("waiting for signals")?;
-        while let Err(error) = self.serve(&signals) {
+    /// up. System calls that the device makes are `calls`.
+    fn run(&self, started: Started, calls: Calls) -> Result<()> {
+        let Started {
+            signals,
+            keeper,
+            user,
+            log: path,
+        } = started;
+        let calls = calls.receiving().requests(&DEVICE_REQUESTS);
+        let confinement = Confinement::new(calls)
+            .isolated()
+            .locked_memory(LOCKED_MEMORY);
+        let confinement = match user {
+            Some(user) => confinement.user(user),
+            None => confinement,
+        };
+        let mut state = State {
+            signals,
+            keeper,
+            confinement: Some(confinement),
+            path,
+            log: None,
+        };
+        while let Err(error) = self.serve(&mut state) {
             match error.downcast_ref() {
                 Some(Error::Broken(_)) => tracing::error!("{error:#}; it is made anew"),
                 _ => return Err(error),
@@ -218,169 +268,145 @@ impl Served<'_> {
     }
 
     /// Makes the device, or takes it over, and serves it until a signal asks for its end; then it
-    /// is gone. So it is where the kernel has given it up ([`Error::Broken`]).
-    fn serve(&self, signals: &SignalFd) -> Result<()> {
+    /// is gone, and its log. The device is gone, too, where the kernel has given it up
+    /// ([`Error::Broken`]).
+    fn serve(&self, state: &mut State) -> Result<()> {
         let (name, device) = (self.name, &self.device);
-        let control = Control::open()?;
         let features = offered(&**device, &self.options);
-        let created = control.create(&DeviceConfig {
+        let handed = state.keeper.make(&DeviceConfig {
             name: name.into(),
             device_id: device.kind(),
             vendor_id: 0,
             features,
             queues: device.queues(),
             config: device.config(),
-        });
-        let is_new = match created {
-            Ok(()) => true,
-            Err(Error::Kernel { error, .. })
-                if self.log.is_some() && error.raw_os_error() == Some(Errno::EEXIST as i32) =>
-            {
-                false
-            }
-            Err(error) => return Err(error.into()),
-        };
-        let mut made = Made {
-            control,
-            name: is_new.then_some(name),
-        };
-        let started = self.start(is_new, features);
-        if is_new || started.is_ok() || matches!(started, Err(Error::Broken(_))) {
-            // Whatever comes now, it has to go.
-            made.name = Some(name);
-        }
-        let (service, log) = match started {
-            Ok(started) => started,
+        })?;
+        let service = match self.start(state, handed, features) {
+            Ok(service) => service,
             Err(error) => {
-                if matches!(error, Error::Broken(_)) {
-                    self.detach()?;
-                    made.remove()?;
+                if let Some(Error::Broken(_)) = error.downcast_ref() {
+                    state.keeper.own();
+                    state.keeper.detach()?;
+                    state.keeper.remove()?;
                 }
-                return Err(error.into());
+                return Err(error);
             }
         };
+        // Whatever comes now, it has to go.
+        state.keeper.own();
         // From here on the kernel sends requests, so that every way out stops the service last.
-        let waited = self.attach().and_then(|()| {
+        let waited = state.keeper.attach().and_then(|()| {
             tracing::info!(name, "serving");
-            let waited = wait(signals, &service, self.refresh).context("waiting for signals");
+            let (signals, keeper) = (&state.signals, &state.keeper);
+            let waited = wait(signals, keeper, &service, self.refresh);
             tracing::info!(name, "ending");
-            waited
+            waited.context("waiting for signals")
         });
-        let detached = self.detach();
+        let detached = state.keeper.detach();
         let stopped = service.stop();
-        let removed = made.remove();
-        if let (Ok(()), Some(log)) = (&removed, log) {
-            log.remove()?;
-        }
+        let removed = state.keeper.remove();
         // What went wrong first explains what follows.
         let is_wanted = waited?;
         detached?;
         removed?;
         match stopped {
             Err(error) if !is_wanted => bail!("{error}"),
-            stopped => Ok(stopped?),
+            stopped => stopped?,
         }
+        // While it is locked.
+        if let Err(error) = state.keeper.forget() {
+            tracing::warn!("the log stays, of a device that is gone: {error:#}");
+        }
+        Ok(())
     }
 
-    /// Starts the service, of a device that may have been there before.
-    fn start(&self, is_new: bool, features: u64) -> Result<(Service, Option<Arc<Log>>), Error> {
+    /// Starts the service, of a device that may have been there before. The first time, this takes
+    /// the process's rights away.
+    fn start(&self, state: &mut State, handed: Handed, features: u64) -> Result<Service> {
         let (name, device) = (self.name, &self.device);
-        let file = DeviceFile::open(name)?;
+        let Handed {
+            file,
+            identity,
+            is_new,
+            on_bus,
+        } = handed;
         if !is_new {
             file.check_queues(device.queues())?;
         }
-        let log = match &self.log {
-            None => None,
-            Some(path) => {
-                let logged = Logged {
-                    name: name.into(),
-                    identity: Identity::of(name)?,
-                    kind: device.kind(),
-                    features,
-                    queues: device.queues(),
-                    queue_size: self.queue_size,
-                };
-                Some(Arc::new(Log::open(path, &logged)?))
-            }
-        };
+        if let Some(path) = state.path.take() {
+            let logged = Logged {
+                name: name.into(),
+                identity,
+                kind: device.kind(),
+                features,
+                queues: device.queues(),
+                queue_size: self.queue_size,
+            };
+            state.log = Some(Arc::new(Log::open(&path, &logged)?));
+        } else if let Some(log) = &mut state.log {
+            let alone = Arc::get_mut(log);
+            alone
+                .context("threads of the device before have the log")?
+                .renew(identity);
+        }
         // Whoever put it on the bus has done that.
-        if !vdpa::is_attached(name) {
+        if !on_bus {
             for index in 0..device.queues() {
                 file.set_up_queue(index, self.queue_size)?;
             }
         }
+        if let Some(confinement) = state.confinement.take() {
+            confinement.apply().context("confining the service")?;
+        }
         let device = Arc::clone(device);
-        let service = match &log {
+        let service = match &state.log {
             None => Service::start(name, file, device, self.options)?,
             Some(log) => Service::start_logged(name, file, device, self.options, Arc::clone(log))?,
         };
-        Ok((service, log))
-    }
-
-    fn attach(&self) -> Result<()> {
-        if vdpa::is_attached(self.name) {
-            return Ok(());
-        }
-        match on_bus("attach", self.name) {
-            // The service before has asked for it, too.
-            Err(_) if vdpa::is_attached(self.name) => Ok(()),
-            done => done,
-        }
-    }
-
-    fn detach(&self) -> Result<()> {
-        match vdpa::is_attached(self.name) {
-            true => on_bus("detach", self.name),
-            false => Ok(()),
-        }
+        Ok(service)
     }
 }
 
-/// Has a process of its own ask the bus. The driver may keep that process waiting for as long as
-/// the device is not served; if it were this one and it were killed, it could not end, and nobody
-/// could take the device over.
-fn on_bus(what: &str, name: &str) -> Result<()> {
-    let output = std::process::Command::new("/proc/self/exe")
-        .args(["vduse", "bus", what, name])
-        // Out of the way of signals from a terminal.
-        .process_group(0)
-        .output()
-        .context("starting the process that asks the vDPA bus")?;
-    if !output.status.success() {
-        let text = String::from_utf8_lossy(&output.stderr);
-        let text = text.trim();
-        bail!("{}", text.strip_prefix("error: ").unwrap_or(text));
-    }
-    Ok(())
-}
-
-fn signals() -> nix::Result<SignalFd> {
+/// Blocks the signals that a service waits for.
+fn block_signals() -> nix::Result<SigSet> {
     let mut mask = SigSet::empty();
     mask.add(Signal::SIGTERM);
     mask.add(Signal::SIGINT);
     mask.add(Signal::SIGHUP);
     mask.thread_block()?;
-    SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC)
+    Ok(mask)
 }
 
 /// Waits for a signal that ends the service, or until the device is no longer served; whether it
 /// still should be.
 fn wait(
     signals: &SignalFd,
+    keeper: &Keeper,
     service: &Service,
     refresh: &dyn Fn() -> Result<bool>,
 ) -> nix::Result<bool> {
+    let mut is_kept = true;
     loop {
         let mut fds = [
             PollFd::new(service.ended().as_fd(), PollFlags::POLLIN),
             PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+            PollFd::new(keeper.as_fd(), PollFlags::POLLIN),
         ];
-        match poll(&mut fds, PollTimeout::NONE) {
+        match poll(&mut fds[..if is_kept { 3 } else { 2 }], PollTimeout::NONE) {
             Err(Errno::EINTR) => continue,
             done => done?,
         };
-        if fds[0].any().unwrap_or(true) {
+        let [ended, signalled, unkept] = fds.map(|fd| fd.any().unwrap_or(true));
+        if ended {
             return Ok(true);
+        }
+        if is_kept && unkept {
+            // It says nothing by itself. The driver need not suffer for it.
+            tracing::error!("{}", keeper::GONE);
+            is_kept = false;
+        }
+        if !signalled {
+            continue;
         }
         let signal = signals.read_signal()?;
         if signal.is_none_or(|signal| signal.ssi_signo != Signal::SIGHUP as u32) {

@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};
-use ioregion_devices::net::{MIN_QUEUE_SIZE, Mac, Net, Options, Tap};
+use ioregion_devices::net::{MIN_QUEUE_SIZE, Mac, Net, Options, TAP_REQUESTS, Tap};
+use ioregion_sandbox::Calls;
 use ioregion_vduse::ServiceOptions;
 
-use super::{Served, queue_size};
+use super::{Served, Started, UserArgs, queue_size};
 
 #[derive(Debug, Args)]
 pub(crate) struct NetArgs {
@@ -29,6 +30,8 @@ pub(crate) struct NetArgs {
     /// Do not offer this (repeatable)
     #[arg(long, value_enum, value_name = "WHAT")]
     without: Vec<Offer>,
+    #[command(flatten)]
+    user: UserArgs,
 }
 
 /// What can be left out.
@@ -48,6 +51,9 @@ fn net_queue_size(text: &str) -> Result<u16, String> {
 }
 
 pub(super) fn run(args: &NetArgs) -> Result<()> {
+    // A record knows of one buffer at a time, and a packet can lie in several.
+    let log = None;
+    let started = Started::new(&args.name, log, &args.user)?;
     let options = Options {
         mac: args.mac,
         offloads: !args.without.contains(&Offer::Offloads),
@@ -65,11 +71,9 @@ pub(super) fn run(args: &NetArgs) -> Result<()> {
         device: Arc::clone(&net) as _,
         queue_size: args.queue_size,
         options,
-        // A record knows of one buffer at a time, and a packet can lie in several.
-        log: None,
         refresh: &refresh,
     };
-    let served = served.run();
+    let served = served.run(started, Calls::service().requests(&TAP_REQUESTS));
     tracing::info!(traffic = ?net.traffic(), "packets");
     served
 }

@@ -1,6 +1,7 @@
 //! A running service, and its disk.
 #![allow(dead_code, reason = "each test program uses a part")]
 
+pub mod inject;
 pub mod load;
 pub mod mortal;
 pub mod net;
