@@ -58,6 +58,9 @@ pub(crate) enum Command {
     /// take it off the bus and remove it. What the interface sends comes out of the TAP device,
     /// and the other way round. With the module virtio_vdpa loaded it becomes an interface of
     /// this machine, with vhost_vdpa one for a VMM (/dev/vhost-vdpa-0).
+    ///
+    /// Where the service is killed, its interface goes, too, once the kernel gives the device up: 30
+    /// seconds after that (/sys/class/vduse/NAME/msg_timeout).
     #[command(after_help = "Example:\n  ioregion vduse net --name net0 --tap tap0")]
     Net(net::NetArgs),
 }
