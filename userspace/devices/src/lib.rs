@@ -1,7 +1,7 @@
 //! Device models, written once for every way in which a driver can reach them.
 //!
-//! * [`virtio`]: what all virtio devices share: the driver's memory, queues in both formats, and
-//!   the trait of a device.
+//! * [`memory`]: the driver's memory.
+//! * [`virtio`]: what all virtio devices share: queues in both formats, and the trait of a device.
 //! * [`blk`]: a disk.
 //! * [`console`]: a console.
 //! * [`net`]: a network device.
@@ -13,6 +13,7 @@
 
 pub mod blk;
 pub mod console;
+pub mod memory;
 pub mod mmio;
 pub mod net;
 pub mod rng;

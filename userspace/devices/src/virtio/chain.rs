@@ -1,21 +1,11 @@
 //! Requests as drivers describe them: lists of memory ranges.
 
-use super::memory::{Memory, MemoryError};
-use super::pin::{Access, Pin};
 use super::queue::Broken;
+use crate::memory::{Access, Memory, MemoryError, Pin, Segment, segments};
 
 /// The most ranges of one request. Far more than drivers use (Linux: 128 for a disk), and few
 /// enough that a hostile request costs little.
 pub const MAX_SEGMENTS: usize = 1024;
-
-/// A range of the driver's memory, of at least one byte.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Segment {
-    /// First address.
-    pub addr: u64,
-    /// Bytes.
-    pub len: u32,
-}
 
 /// One request: memory that the device reads, and memory that it writes.
 ///
@@ -76,13 +66,7 @@ impl Chain {
         offset: u32,
         into: &mut [u8],
     ) -> Result<(), MemoryError> {
-        let mut rest = into;
-        for (addr, len) in pieces(self.readable(), offset, rest.len())? {
-            let (piece, tail) = rest.split_at_mut(len);
-            memory.read(addr, piece)?;
-            rest = tail;
-        }
-        Ok(())
+        segments::read(self.readable(), memory, offset, into)
     }
 
     /// Copies into the writable part, `offset` bytes into it.
@@ -91,13 +75,7 @@ impl Chain {
     ///
     /// [`MemoryError::Overflow`] where the part is shorter; the memory's own.
     pub fn write(&self, memory: &dyn Memory, offset: u32, from: &[u8]) -> Result<(), MemoryError> {
-        let mut rest = from;
-        for (addr, len) in pieces(self.writable(), offset, rest.len())? {
-            let (piece, tail) = rest.split_at(len);
-            memory.write(addr, piece)?;
-            rest = tail;
-        }
-        Ok(())
+        segments::write(self.writable(), memory, offset, from)
     }
 
     /// Pins `len` bytes of the readable part, `offset` bytes into it, for the kernel to read.
@@ -111,8 +89,7 @@ impl Chain {
         offset: u32,
         len: u32,
     ) -> Result<Option<Pin>, MemoryError> {
-        let mut ranges = pieces(self.readable(), offset, len as usize)?;
-        memory.pin(&mut ranges, Access::Read)
+        segments::pin(self.readable(), memory, offset, len, Access::Read)
     }
 
     /// Pins `len` bytes of the writable part, `offset` bytes into it, for the kernel to write.
@@ -126,34 +103,8 @@ impl Chain {
         offset: u32,
         len: u32,
     ) -> Result<Option<Pin>, MemoryError> {
-        let mut ranges = pieces(self.writable(), offset, len as usize)?;
-        memory.pin(&mut ranges, Access::Write)
+        segments::pin(self.writable(), memory, offset, len, Access::Write)
     }
-}
-
-/// The ranges of `len` bytes that begin `offset` bytes into the segments.
-fn pieces(
-    segments: &[Segment],
-    offset: u32,
-    len: usize,
-) -> Result<impl Iterator<Item = (u64, usize)>, MemoryError> {
-    let total: u64 = segments.iter().map(|segment| u64::from(segment.len)).sum();
-    if u64::from(offset) + len as u64 > total {
-        return Err(MemoryError::Overflow {
-            addr: offset.into(),
-            len: len as u64,
-        });
-    }
-    let (mut skip, mut left) = (u64::from(offset), len as u64);
-    Ok(segments.iter().filter_map(move |segment| {
-        let skipped = skip.min(segment.len.into());
-        skip -= skipped;
-        let taken = left.min(u64::from(segment.len) - skipped);
-        left -= taken;
-        // At most a segment's length, which fits.
-        let taken_bytes = usize::try_from(taken).ok()?;
-        (taken > 0).then_some((segment.addr + skipped, taken_bytes))
-    }))
 }
 
 /// Collects a request, refusing what no driver may send.

@@ -5,8 +5,8 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use super::chain::Chain;
-use super::memory::Memory;
 use super::queue::Broken;
+use crate::memory::Memory;
 
 /// A virtio device of any type. Shared by the threads that serve its queues.
 pub trait Device: Send + Sync {

@@ -3,22 +3,19 @@
 mod chain;
 mod device;
 mod log;
-mod memory;
 mod offer;
 mod packed;
-mod pin;
 mod queue;
 mod serve;
 mod shared;
 mod split;
 mod status;
 
-pub use chain::{Chain, MAX_SEGMENTS, Segment};
+pub use crate::memory::{Access, Hold, MAX_RANGES, Memory, MemoryError, Pin, Segment};
+pub use chain::{Chain, MAX_SEGMENTS};
 pub use device::{AtOnce, Device, Done, Lane, Refusal};
 pub use log::{LogError, QueueLog, Words};
-pub use memory::{Memory, MemoryError};
 pub use offer::Offer;
-pub use pin::{Access, Hold, MAX_RANGES, Pin};
 pub use queue::{Broken, Format, Layout, Position, Queue, Setup};
 pub use serve::{Control, End, Entered, Health, Running, Transport};
 pub use shared::{SharedMemory, SharedMemoryError, SharedRegion};

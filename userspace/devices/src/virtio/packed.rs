@@ -5,8 +5,8 @@ use std::sync::atomic::{Ordering, fence};
 
 use super::chain::{Builder, Chain};
 use super::log::{self, Journal, LogError, Lost, QueueLog, Ring};
-use super::memory::Memory;
 use super::queue::{Broken, Descriptor, InFlight, Layout, Position, Setup, check_part, read_table};
+use crate::memory::Memory;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;

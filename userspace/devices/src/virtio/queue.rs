@@ -6,9 +6,9 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use super::chain::Chain;
 use super::device::Done;
 use super::log::{Journal, LogError, Place, QueueLog};
-use super::memory::{Memory, MemoryError};
 use super::packed::Packed;
 use super::split::Split;
+use crate::memory::{Memory, MemoryError};
 
 /// The largest queue, by the specification.
 const MAX_SIZE: u16 = 1 << 15;

@@ -12,8 +12,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::device::{Done, Lane};
-use super::memory::{Memory, MemoryError};
 use super::queue::{Broken, Queue};
+use crate::memory::{Memory, MemoryError};
 
 /// How a queue is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

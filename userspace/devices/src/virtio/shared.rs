@@ -13,8 +13,7 @@ use vm_memory::{
     GuestMemoryRegion as _,
 };
 
-use super::memory::{Memory, MemoryError};
-use super::pin::{Access, Hold, MAX_RANGES, Pin};
+use crate::memory::{Access, Hold, MAX_RANGES, Memory, MemoryError, Pin};
 
 /// A part of a guest's memory: a memfd that the VMM has given this process.
 #[derive(Debug)]

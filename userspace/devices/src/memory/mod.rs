@@ -1,6 +1,10 @@
 //! The driver's memory as a device sees it.
 
-use super::pin::{Access, Pin};
+mod pin;
+pub(crate) mod segments;
+
+pub use pin::{Access, Hold, MAX_RANGES, Pin};
+pub use segments::Segment;
 
 /// Memory that a driver shares with a device, by the addresses that the driver uses.
 ///
