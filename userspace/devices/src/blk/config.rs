@@ -1,6 +1,6 @@
 //! The configuration space of a disk.
 
-use super::image::Image;
+use crate::disk::Image;
 
 /// Most ranges of data in a request; two more descriptors carry its header and its status.
 const SEG_MAX: u32 = 126;

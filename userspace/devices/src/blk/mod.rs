@@ -1,11 +1,8 @@
 //! A disk: virtio-blk over a file or a block device.
 
-mod buffer;
 mod config;
-mod image;
+mod lane;
 mod request;
-mod statx;
-mod uring;
 
 use std::io;
 use std::path::Path;
@@ -17,12 +14,10 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
-use crate::virtio::{AtOnce, Chain, Device, Lane, Memory, Refusal};
-pub use image::{Image, ImageError};
-use uring::UringLane;
-
-/// The unit of addresses and lengths in requests, in bytes.
-pub const SECTOR: u64 = 512;
+use crate::disk;
+pub use crate::disk::{Image, ImageError, SECTOR};
+use crate::virtio::{Device, Lane, Refusal};
+use lane::BlkLane;
 
 /// Bytes of a serial number.
 pub const SERIAL_BYTES: usize = 20;
@@ -96,7 +91,7 @@ impl Blk {
             None => return Err(BlkError::Serial(options.serial.clone())),
         }
         let opened = Image::open(image, options.read_only, options.direct)?;
-        let io_uring = options.io_uring && has_io_uring(&opened);
+        let io_uring = options.io_uring && disk::has_io_uring(&opened);
         tracing::info!(
             image = %image.display(),
             io_uring,
@@ -126,18 +121,6 @@ impl Blk {
     #[must_use]
     pub fn capacity(&self) -> u64 {
         self.image.sectors()
-    }
-}
-
-/// Whether the system has io_uring; says why not.
-fn has_io_uring(image: &Image) -> bool {
-    match uring::check(image) {
-        Ok(()) => true,
-        Err(error) => {
-            let why = uring::remedy(&error);
-            tracing::warn!(%error, why, "no io_uring: one request of a queue at a time");
-            false
-        }
     }
 }
 
@@ -183,20 +166,6 @@ impl Device for Blk {
     }
 
     fn lane(self: Arc<Self>, queue: u16, features: u64) -> io::Result<Box<dyn Lane>> {
-        if self.io_uring {
-            match UringLane::new(Arc::clone(&self), features) {
-                Ok(lane) => return Ok(Box::new(lane)),
-                // There may be too many rings for the limit on locked memory.
-                Err(error) => {
-                    let why = uring::remedy(&error);
-                    tracing::warn!(queue, %error, why, "no ring: one request at a time");
-                }
-            }
-        }
-        Ok(Box::new(AtOnce(
-            move |chain: &Chain, memory: &dyn Memory| {
-                request::serve(&self, features, chain, memory)
-            },
-        )))
+        Ok(Box::new(BlkLane::new(self, queue, features)))
     }
 }

@@ -1,24 +1,21 @@
 //! One request to a disk.
 
-use std::io;
-
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
-use super::buffer::Buffer;
 use super::config::{MAX_RANGE_SECTORS, MAX_RANGES};
 use super::{Blk, SECTOR, SERIAL_BYTES};
-use crate::virtio::{Broken, Chain, Memory, MemoryError};
+use crate::disk::{self, Data, Range};
+use crate::memory::{Access, Memory, MemoryError, Pin};
+use crate::virtio::{Broken, Chain, Done};
 
 /// Bytes of the header: type, a reserved word, first sector.
-pub(super) const HEADER: u32 = 16;
+const HEADER: u32 = 16;
 /// Bytes of a range to discard or to zero: first sector, number of sectors, flags.
 const RANGE: u32 = 16;
-/// Bytes that are copied between the driver's memory and the image at a time.
-pub(super) const CHUNK: u32 = 1 << 17;
 
 /// Why a request fails.
 #[derive(Debug, thiserror::Error)]
@@ -32,9 +29,9 @@ pub(super) enum Failure {
     /// The driver's memory is not there.
     #[error("{0}")]
     Memory(#[from] MemoryError),
-    /// The image failed.
+    /// The disk could not do it.
     #[error("{0}")]
-    Image(#[from] io::Error),
+    Disk(#[from] disk::Failure),
 }
 
 /// A request that can be answered.
@@ -48,111 +45,61 @@ pub(super) struct Request {
     room: u32,
 }
 
-/// What a request is about, checked: places lie on the disk.
+/// What a request is about.
 #[derive(Debug)]
 pub(super) enum Work {
-    /// Bytes of the image into the driver's memory.
-    Read {
-        place: u64,
-        len: u32,
-    },
-    /// And from there.
-    Write {
-        place: u64,
-        len: u32,
-    },
-    Flush,
+    Disk(disk::Work),
     Serial,
-    /// Ranges to zero or to discard.
-    Ranges {
-        zero: bool,
-        list: Vec<Range>,
-    },
 }
 
-/// A range to discard or to zero.
-#[derive(Debug)]
-pub(super) struct Range {
-    /// First byte.
-    pub(super) at: u64,
-    /// Bytes.
-    pub(super) len: u64,
-    /// The space may be given back.
-    pub(super) unmap: bool,
+/// A request under way.
+pub(super) struct Job {
+    pub(super) chain: Chain,
+    pub(super) request: Request,
+    /// Bytes that it writes to the driver's memory.
+    pub(super) writes: u32,
+}
+
+impl Data for Job {
+    fn read(&self, memory: &dyn Memory, offset: u32, into: &mut [u8]) -> Result<(), MemoryError> {
+        self.chain.read(memory, HEADER + offset, into)
+    }
+
+    fn write(&self, memory: &dyn Memory, offset: u32, from: &[u8]) -> Result<(), MemoryError> {
+        self.chain.write(memory, offset, from)
+    }
+
+    fn pin(
+        &self,
+        memory: &dyn Memory,
+        offset: u32,
+        len: u32,
+        access: Access,
+    ) -> Result<Option<Pin>, MemoryError> {
+        match access {
+            Access::Read => self.chain.pin_readable(memory, HEADER + offset, len),
+            Access::Write => self.chain.pin_writable(memory, offset, len),
+        }
+    }
+}
+
+impl Job {
+    /// Tells the driver how it went.
+    pub(super) fn finish(
+        self,
+        memory: &dyn Memory,
+        done: Result<(), disk::Failure>,
+    ) -> Result<Done, Broken> {
+        let done = done.map(|()| self.writes).map_err(Failure::from);
+        let written = self.request.finish(&self.chain, memory, done)?;
+        let chain = self.chain;
+        Ok(Done { chain, written })
+    }
 }
 
 /// A driver that did not take flushes counts on every write being safe.
 pub(super) fn settles(features: u64) -> bool {
     features & 1 << VIRTIO_BLK_F_FLUSH == 0
-}
-
-/// Carries a request out: how many bytes were written to the driver's memory.
-pub(super) fn serve(
-    disk: &Blk,
-    features: u64,
-    chain: &Chain,
-    memory: &dyn Memory,
-) -> Result<u32, Broken> {
-    let request = Request::parse(chain, memory)?;
-    let work = request.work(disk, chain, memory);
-    let done = work.and_then(|work| match work {
-        Work::Read { place, len } => read(disk, place, len, chain, memory),
-        Work::Write { place, len } => {
-            write(disk, place, len, chain, memory)?;
-            settle(disk, features)
-        }
-        Work::Flush => Ok(disk.image.flush().map(|()| 0)?),
-        Work::Serial => request.serial(disk, chain, memory),
-        Work::Ranges { zero, list } => {
-            for Range { at, len, unmap } in list {
-                match zero {
-                    true => disk.image.zero(at, len, unmap)?,
-                    false => disk.image.discard(at, len)?,
-                }
-            }
-            settle(disk, features)
-        }
-    });
-    request.finish(chain, memory, done)
-}
-
-fn read(
-    disk: &Blk,
-    place: u64,
-    len: u32,
-    chain: &Chain,
-    memory: &dyn Memory,
-) -> Result<u32, Failure> {
-    let mut buffer = Buffer::new(buffer_size(len), disk.image.memory_align());
-    for (offset, piece) in chunks(len) {
-        let piece = &mut buffer.bytes()[..piece];
-        disk.image.read(place + u64::from(offset), piece)?;
-        chain.write(memory, offset, piece)?;
-    }
-    Ok(len)
-}
-
-fn write(
-    disk: &Blk,
-    place: u64,
-    len: u32,
-    chain: &Chain,
-    memory: &dyn Memory,
-) -> Result<(), Failure> {
-    let mut buffer = Buffer::new(buffer_size(len), disk.image.memory_align());
-    for (offset, piece) in chunks(len) {
-        let piece = &mut buffer.bytes()[..piece];
-        chain.read(memory, HEADER + offset, piece)?;
-        disk.image.write(place + u64::from(offset), piece)?;
-    }
-    Ok(())
-}
-
-fn settle(disk: &Blk, features: u64) -> Result<u32, Failure> {
-    if settles(features) {
-        disk.image.flush()?;
-    }
-    Ok(0)
 }
 
 impl Request {
@@ -180,10 +127,11 @@ impl Request {
         })
     }
 
-    /// What is asked for.
+    /// What is asked for; `safe`: writes are, when they are done.
     pub(super) fn work(
         &self,
         disk: &Blk,
+        safe: bool,
         chain: &Chain,
         memory: &dyn Memory,
     ) -> Result<Work, Failure> {
@@ -192,26 +140,35 @@ impl Request {
             false => Ok(()),
         };
         match self.kind {
-            VIRTIO_BLK_T_IN => Ok(Work::Read {
-                place: place(disk, self.sector, self.room.into())?,
+            VIRTIO_BLK_T_IN => Ok(Work::Disk(disk::Work::Read {
+                at: place(disk, self.sector, self.room.into())?,
                 len: self.room,
-            }),
+            })),
             VIRTIO_BLK_T_OUT => {
                 writable()?;
-                Ok(Work::Write {
-                    place: place(disk, self.sector, self.data.into())?,
+                Ok(Work::Disk(disk::Work::Write {
+                    at: place(disk, self.sector, self.data.into())?,
                     len: self.data,
-                })
+                    safe,
+                }))
             }
-            VIRTIO_BLK_T_FLUSH => Ok(Work::Flush),
+            VIRTIO_BLK_T_FLUSH => Ok(Work::Disk(disk::Work::Flush)),
             VIRTIO_BLK_T_GET_ID => Ok(Work::Serial),
             VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
                 writable()?;
                 let zero = self.kind == VIRTIO_BLK_T_WRITE_ZEROES;
                 let list = self.ranges(zero, disk, chain, memory)?;
-                Ok(Work::Ranges { zero, list })
+                Ok(Work::Disk(disk::Work::Ranges { zero, list, safe }))
             }
             _ => Err(Failure::Unsupported),
+        }
+    }
+
+    /// How many bytes the request's data are that the disk writes to the driver's memory.
+    pub(super) fn writes(&self, work: &disk::Work) -> u32 {
+        match work {
+            disk::Work::Read { len, .. } => *len,
+            _ => 0,
         }
     }
 
@@ -229,7 +186,9 @@ impl Request {
                 let Self { kind, sector, .. } = self;
                 // What a driver does wrong is of no concern here, and there can be much of it.
                 match &failure {
-                    Failure::Image(error) => tracing::warn!(kind, sector, %error, "image"),
+                    Failure::Disk(disk::Failure::Image(error)) => {
+                        tracing::warn!(kind, sector, %error, "image")
+                    }
                     failure => tracing::debug!(kind, sector, %failure, "request"),
                 }
                 (VIRTIO_BLK_S_IOERR, 0)
@@ -309,18 +268,5 @@ fn range(disk: &Blk, bytes: &[u8; 16], zero: bool) -> Result<Range, Failure> {
         at: place(disk, sector, len)?,
         len,
         unmap: flags & known != 0,
-    })
-}
-
-fn buffer_size(bytes: u32) -> usize {
-    bytes.min(CHUNK) as usize
-}
-
-/// Offset and length of each piece of at most [`CHUNK`] bytes.
-fn chunks(bytes: u32) -> impl Iterator<Item = (u32, usize)> {
-    (0..bytes.div_ceil(CHUNK)).map(move |number| {
-        // Below `bytes`, so within 32 bits.
-        let offset = number * CHUNK;
-        (offset, (bytes - offset).min(CHUNK) as usize)
     })
 }

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
 
-use super::super::buffer::Buffer;
-use crate::virtio::Pin;
+use super::buffer::Buffer;
+use crate::memory::Pin;
 
 /// Operations that a ring has at a time.
 pub(super) const ENTRIES: u32 = 256;
@@ -71,7 +71,8 @@ impl<T> Ring<T> {
     ///
     /// Where the system has no io_uring, does not allow it, or lacks an operation.
     pub(super) fn new(files: [RawFd; 2]) -> io::Result<Self> {
-        // There is always room for completions: twice as much as for operations. They are taken after system calls of this thread: nothing need interrupt it.
+        // There is always room for completions: twice as much as for operations. They are taken
+        // after system calls of this thread: nothing need interrupt it.
         let modern = IoUring::builder()
             .setup_coop_taskrun()
             .setup_taskrun_flag()
@@ -317,7 +318,7 @@ mod tests {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, Ordering};
 
-    use crate::virtio::Hold;
+    use crate::memory::Hold;
 
     #[derive(Default)]
     struct Released(AtomicBool);

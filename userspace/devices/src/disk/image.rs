@@ -131,29 +131,29 @@ impl Image {
         })
     }
 
-    pub(super) fn sectors(&self) -> u64 {
+    pub(crate) fn sectors(&self) -> u64 {
         self.sectors.load(Ordering::Relaxed)
     }
 
     /// Looks at the size again: whether it has changed.
-    pub(super) fn refresh(&self) -> Result<bool, ImageError> {
+    pub(crate) fn refresh(&self) -> Result<bool, ImageError> {
         let sectors = measure(&self.path, &self.file)?;
         Ok(self.sectors.swap(sectors, Ordering::Relaxed) != sectors)
     }
 
     /// Bytes that drivers read and write at least: requests here are buffered, so any sector can
     /// be written alone.
-    pub(super) fn logical_block(&self) -> u32 {
+    pub(crate) fn logical_block(&self) -> u32 {
         512
     }
 
     /// Bytes that are best written at once.
-    pub(super) fn physical_block(&self) -> u32 {
+    pub(crate) fn physical_block(&self) -> u32 {
         self.physical_block
     }
 
     /// The file's descriptors, with page cache and, where there is one, without.
-    pub(super) fn descriptors(&self) -> [RawFd; 2] {
+    pub(crate) fn descriptors(&self) -> [RawFd; 2] {
         let cached = self.file.as_raw_fd();
         let direct = self.direct.as_ref();
         [
@@ -163,14 +163,14 @@ impl Image {
     }
 
     /// Whether bytes can be reached past the page cache, from memory that is aligned.
-    pub(super) fn is_direct(&self, at: u64, len: u64) -> bool {
+    pub(crate) fn is_direct(&self, at: u64, len: u64) -> bool {
         self.direct.as_ref().is_some_and(|direct| {
             at.is_multiple_of(direct.offset.into()) && len.is_multiple_of(direct.offset.into())
         })
     }
 
     /// Whether memory is aligned for that.
-    pub(super) fn takes(&self, ranges: &[libc::iovec]) -> bool {
+    pub(crate) fn takes(&self, ranges: &[libc::iovec]) -> bool {
         self.direct.as_ref().is_some_and(|direct| {
             ranges.iter().all(|range| {
                 let start = range.iov_base.addr();
@@ -181,14 +181,14 @@ impl Image {
     }
 
     /// What memory for requests must be aligned to: a power of two.
-    pub(super) fn memory_align(&self) -> usize {
+    pub(crate) fn memory_align(&self) -> usize {
         self.direct
             .as_ref()
             .map_or(1, |direct| direct.memory as usize)
     }
 
     /// Whether requests go past the page cache where they can.
-    pub(super) fn has_direct(&self) -> bool {
+    pub(crate) fn has_direct(&self) -> bool {
         self.direct.is_some()
     }
 
@@ -200,21 +200,21 @@ impl Image {
         }
     }
 
-    pub(super) fn read(&self, at: u64, into: &mut [u8]) -> io::Result<()> {
+    pub(crate) fn read(&self, at: u64, into: &mut [u8]) -> io::Result<()> {
         self.by(at, into.len()).read_exact_at(into, at)
     }
 
-    pub(super) fn write(&self, at: u64, from: &[u8]) -> io::Result<()> {
+    pub(crate) fn write(&self, at: u64, from: &[u8]) -> io::Result<()> {
         self.by(at, from.len()).write_all_at(from, at)
     }
 
     /// Returns when everything written before is safe.
-    pub(super) fn flush(&self) -> io::Result<()> {
+    pub(crate) fn flush(&self) -> io::Result<()> {
         self.file.sync_data()
     }
 
     /// Gives the space of a range back, if the file system can; what it reads as is not said.
-    pub(super) fn discard(&self, at: u64, len: u64) -> io::Result<()> {
+    pub(crate) fn discard(&self, at: u64, len: u64) -> io::Result<()> {
         match self.fallocate(Self::allocation(false, true), at, len) {
             // Advice that cannot be followed.
             Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(()),
@@ -223,7 +223,7 @@ impl Image {
     }
 
     /// Makes a range read as zeroes, without its space where `unmap` allows it.
-    pub(super) fn zero(&self, at: u64, len: u64, unmap: bool) -> io::Result<()> {
+    pub(crate) fn zero(&self, at: u64, len: u64, unmap: bool) -> io::Result<()> {
         match self.fallocate(Self::allocation(true, unmap), at, len) {
             Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => self.write_zeroes(at, len),
             done => Ok(done?),
@@ -231,7 +231,7 @@ impl Image {
     }
 
     /// The mode of `fallocate` that zeroes or discards a range.
-    pub(super) fn allocation(zero: bool, unmap: bool) -> i32 {
+    pub(crate) fn allocation(zero: bool, unmap: bool) -> i32 {
         let how = match zero && !unmap {
             true => FallocateFlags::FALLOC_FL_ZERO_RANGE,
             false => FallocateFlags::FALLOC_FL_PUNCH_HOLE,
@@ -246,7 +246,7 @@ impl Image {
     }
 
     /// Writes zeroes through the page cache, whose memory need not be aligned.
-    pub(super) fn write_zeroes(&self, at: u64, len: u64) -> io::Result<()> {
+    pub(crate) fn write_zeroes(&self, at: u64, len: u64) -> io::Result<()> {
         let zeroes = [0; 1 << 16];
         let (mut at, mut left) = (at, len);
         while left > 0 {
