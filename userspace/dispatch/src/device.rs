@@ -1,5 +1,7 @@
 //! What a device model implements. A device never knows which mechanism delivered an access.
 
+use std::os::fd::BorrowedFd;
+
 use ioregion_abi::{Bus, Size};
 
 /// One access of the guest, as the device sees it.
@@ -59,6 +61,19 @@ pub trait Device: Send {
             self.write(access, value);
         }
     }
+
+    /// What the device waits for besides the guest: I/O of its own, say. The same as long as it is
+    /// served.
+    ///
+    /// Servers that sleep wait for it, too, and call [`woken`](Self::woken) when it is readable.
+    /// Where a device is called by vCPU threads (`kvm-run`), nobody does.
+    fn event(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// [`event`](Self::event) was readable, and all that the guest had done before it became so
+    /// has been delivered. It is the device's to make it unreadable.
+    fn woken(&mut self) {}
 }
 
 impl<D: Device + ?Sized> Device for Box<D> {
@@ -72,6 +87,14 @@ impl<D: Device + ?Sized> Device for Box<D> {
 
     fn doorbell(&mut self, ring: Ring) {
         (**self).doorbell(ring);
+    }
+
+    fn event(&self) -> Option<BorrowedFd<'_>> {
+        (**self).event()
+    }
+
+    fn woken(&mut self) {
+        (**self).woken();
     }
 }
 

@@ -106,7 +106,7 @@ fn sleeps() -> i64 {
 /// Serves as long as the wire is all that there is to wait for: returns when `stop` is triggered,
 /// when a response waits for space, or at once where this end cannot sleep so.
 pub(super) fn run(session: &mut Session<'_>, stop: &Stop) -> Result<(), ServeError> {
-    if !session.sources.is_empty() {
+    if !session.sources.is_empty() || session.device.event().is_some() {
         return Ok(());
     }
     let Some(bed) = Bed::take(session, stop) else {

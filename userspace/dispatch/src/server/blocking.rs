@@ -11,7 +11,7 @@ use super::watch::{Ready, Watch};
 use super::{DeviceEnd, ServeError, Session, Stats, Step, Stop, WaitPolicy, asleep};
 use crate::device::Device;
 
-/// Idle looks between two looks at the clock.
+/// Looks between two at the clock, and at the device's own event.
 const LOOKS_PER_CLOCK: u32 = 32;
 
 /// Serves the device until the VMM's end is closed or `stop` is triggered.
@@ -43,12 +43,15 @@ fn run(session: &mut Session<'_>, policy: WaitPolicy, stop: &Stop) -> Result<(),
     let mut ready = Ready::WORK;
     while !stop.is_triggered() {
         let mut blocked = false;
+        if ready.device {
+            blocked = session.wake_device(stop)?;
+        }
         match policy {
             WaitPolicy::Sleep => {
                 if ready.sources {
                     session.drain()?;
                 }
-                if ready.wire {
+                if ready.wire && !blocked {
                     blocked = session.attend(stop)? == Step::Blocked;
                 }
             }
@@ -59,7 +62,10 @@ fn run(session: &mut Session<'_>, policy: WaitPolicy, stop: &Stop) -> Result<(),
             session.stats.wakeups += 1;
             watch.wait(session, EpollTimeout::NONE)?
         } else {
-            Ready::WORK
+            Ready {
+                device: session.device_is_ready()?,
+                ..Ready::WORK
+            }
         };
         session.disarm();
     }
@@ -74,8 +80,14 @@ fn spin(
     stop: &Stop,
 ) -> Result<bool, ServeError> {
     let mut idle_since = None;
-    let mut looks = 0;
+    let mut looks: u32 = 0;
     while !stop.is_triggered() {
+        looks += 1;
+        let look = looks.is_multiple_of(LOOKS_PER_CLOCK);
+        if look && session.device_is_ready()? {
+            session.wake_device(stop)?;
+            idle_since = None;
+        }
         let step = session.step()?;
         let news = session.has_news();
         if news {
@@ -90,11 +102,8 @@ fn spin(
             continue;
         }
         std::hint::spin_loop();
-        looks += 1;
         let Some(time) = time else { continue };
-        if looks % LOOKS_PER_CLOCK == 0
-            && idle_since.get_or_insert_with(Instant::now).elapsed() >= time
-        {
+        if look && idle_since.get_or_insert_with(Instant::now).elapsed() >= time {
             return Ok(step == Step::Blocked);
         }
     }

@@ -12,6 +12,8 @@ use std::time::Duration;
 
 use ioregion_abi::Size;
 use ioregion_abi::wire::{Command, DecodeError, Layout, Operation, Response};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::device::{Access, Device, Ring};
@@ -144,6 +146,9 @@ pub enum ServeError {
     /// Waiting failed.
     #[error("cannot wait: {0}")]
     Wait(#[source] io::Error),
+    /// The device waits for something of its own, which this server cannot.
+    #[error("the device has an event of its own: serve it by `serve` or `serve_async`")]
+    Event,
 }
 
 /// Ends a server from another thread. Clones are the same switch.
@@ -365,6 +370,35 @@ impl<'d> Session<'d> {
                 return Ok(step);
             }
         }
+    }
+
+    /// Looks at the device's event.
+    fn device_is_ready(&self) -> Result<bool, ServeError> {
+        let Some(event) = self.device.event() else {
+            return Ok(false);
+        };
+        let mut fds = [PollFd::new(event, PollFlags::POLLIN)];
+        match poll(&mut fds, PollTimeout::ZERO) {
+            Ok(ready) => Ok(ready > 0),
+            Err(Errno::EINTR) => Ok(false),
+            Err(errno) => Err(ServeError::Wait(errno.into())),
+        }
+    }
+
+    /// The device's event was readable: delivers what came before, and tells the device. Where a
+    /// response waits for space (true) that has to wait, too.
+    fn wake_device(&mut self, stop: &Stop) -> Result<bool, ServeError> {
+        self.drain()?;
+        loop {
+            match self.attend(stop)? {
+                // What comes after a response that cannot be sent came before the event, too.
+                Step::Blocked => return Ok(true),
+                Step::Answered if !stop.is_triggered() => {}
+                _ => break,
+            }
+        }
+        self.device.woken();
+        Ok(false)
     }
 
     /// Arms the doorbell sources; false if there is news.

@@ -44,11 +44,17 @@ async fn run(session: &mut Session<'_>, stop: &Stop) -> Result<(), ServeError> {
         if ready.wire {
             blocked = session.attend(stop)? == Step::Blocked;
         }
+        if ready.device {
+            blocked |= session.wake_device(stop)?;
+        }
         ready = if watch.get_mut().prepare(session, blocked)? {
             session.stats.wakeups += 1;
             sleep(&watch, session).await?
         } else {
-            Ready::WORK
+            Ready {
+                device: session.device_is_ready()?,
+                ..Ready::WORK
+            }
         };
         session.disarm();
         // A busy peer must not keep the runtime from its other tasks.

@@ -37,13 +37,18 @@ const ENTRIES: u32 = 64;
 ///
 /// # Errors
 ///
-/// [`ServeError`]: no io_uring on this host, a bad command, or a wire or a source that failed.
+/// [`ServeError`]: no io_uring on this host, a bad command, or a wire or a source that failed;
+/// [`ServeError::Event`] for a device with an event of its own, since what the guest did before
+/// is not known to have been received then.
 pub fn serve_uring(
     end: DeviceEnd,
     device: &mut dyn Device,
     policy: WaitPolicy,
     stop: &Stop,
 ) -> Result<Stats, ServeError> {
+    if device.event().is_some() {
+        return Err(ServeError::Event);
+    }
     let mut session = Session::new(end, device);
     let served = run(&mut session, policy, stop);
     session.finish(served)

@@ -11,8 +11,9 @@ use super::{ServeError, Session, Stop};
 
 const STOP: u64 = 0;
 const WIRE: u64 = 1;
+const DEVICE: u64 = 2;
 /// Sources are numbered from here.
-const SOURCES: u64 = 2;
+const SOURCES: u64 = 3;
 
 /// What became ready.
 #[derive(Debug, Clone, Copy, Default)]
@@ -20,6 +21,7 @@ pub(super) struct Ready {
     pub(super) stop: bool,
     pub(super) wire: bool,
     pub(super) sources: bool,
+    pub(super) device: bool,
 }
 
 impl Ready {
@@ -28,11 +30,12 @@ impl Ready {
         stop: false,
         wire: true,
         sources: true,
+        device: false,
     };
 
     #[cfg(feature = "tokio")]
     pub(super) fn any(self) -> bool {
-        self.stop || self.wire || self.sources
+        self.stop || self.wire || self.sources || self.device
     }
 }
 
@@ -57,6 +60,11 @@ impl Watch {
         epoll
             .add(stop.fd(), EpollEvent::new(EpollFlags::EPOLLIN, STOP))
             .map_err(wait)?;
+        if let Some(event) = session.device.event() {
+            epoll
+                .add(event, EpollEvent::new(EpollFlags::EPOLLIN, DEVICE))
+                .map_err(wait)?;
+        }
         for (token, source) in (SOURCES..).zip(&session.sources) {
             for fd in source.poll_fds() {
                 let event = EpollEvent::new(EpollFlags::EPOLLIN, token);
@@ -117,6 +125,7 @@ impl Watch {
             match event.data() {
                 STOP => ready.stop = true,
                 WIRE => ready.wire = true,
+                DEVICE => ready.device = true,
                 token => {
                     ready.sources = true;
                     let source = session.sources.get_mut((token - SOURCES) as usize);
