@@ -8,6 +8,7 @@
 //! * [`net`]: a virtio network device.
 //! * [`rng`]: a virtio source of random bytes.
 //! * [`mmio`]: registers by which a guest reaches any virtio device.
+//! * [`nvme`]: an NVMe controller.
 //!
 //! A device gets requests and answers them. It knows neither who carries notifications nor whose
 //! memory it works on: a driver in this machine's kernel over VDUSE, or one in a guest.
@@ -18,5 +19,6 @@ pub mod disk;
 pub mod memory;
 pub mod mmio;
 pub mod net;
+pub mod nvme;
 pub mod rng;
 pub mod virtio;

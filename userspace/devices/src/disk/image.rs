@@ -20,6 +20,7 @@ pub struct Image {
     direct: Option<Direct>,
     sectors: AtomicU64,
     physical_block: u32,
+    inode: (u64, u64),
 }
 
 /// The same file past the page cache.
@@ -128,6 +129,7 @@ impl Image {
             direct,
             sectors: AtomicU64::new(sectors),
             physical_block: if usable { block } else { 4096 },
+            inode: (metadata.dev(), metadata.ino()),
         })
     }
 
@@ -145,6 +147,11 @@ impl Image {
     /// be written alone.
     pub(crate) fn logical_block(&self) -> u32 {
         512
+    }
+
+    /// The file's device and inode numbers.
+    pub(crate) fn inode(&self) -> (u64, u64) {
+        self.inode
     }
 
     /// Bytes that are best written at once.

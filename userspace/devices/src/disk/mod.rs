@@ -1,7 +1,7 @@
 //! The store behind a disk of any kind: an image, and work on it.
 //!
-//! A device says what is to be done ([`Work`]) and where the driver's data lie ([`Data`]); a
-//! [`Store`] does it, at once or through io_uring.
+//! A device says what is to be done and where the driver's data lie; a store does it, at once or
+//! through io_uring.
 
 mod buffer;
 mod engine;

@@ -38,6 +38,10 @@ pub struct Pin {
     holds: Vec<Arc<dyn Hold>>,
 }
 
+// SAFETY: The addresses are never dereferenced in this process, and the kernel takes them from
+// any thread; what keeps them mapped is `Send` and `Sync`.
+unsafe impl Send for Pin {}
+
 impl Pin {
     /// Nothing.
     #[must_use]

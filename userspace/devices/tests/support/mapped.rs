@@ -39,6 +39,8 @@ pub struct Mapped {
 
 // SAFETY: The mapping is owned, belongs to no thread, and is accessed by volatile copies only.
 unsafe impl Sync for Mapped {}
+// SAFETY: As above.
+unsafe impl Send for Mapped {}
 
 impl Mapped {
     pub fn new(bytes: usize) -> Self {

@@ -3,6 +3,7 @@
 
 pub mod mapped;
 pub mod mortal;
+pub mod nvme;
 pub mod packed;
 pub mod split;
 
