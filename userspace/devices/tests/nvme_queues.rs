@@ -23,6 +23,13 @@ fn options(queues: u16) -> Options {
     }
 }
 
+fn shadowed(queues: u16) -> Options {
+    Options {
+        memory_doorbells: true,
+        ..options(queues)
+    }
+}
+
 #[test]
 fn queues_are_made_and_deleted_by_the_rules() {
     for way in WAYS {
@@ -366,7 +373,7 @@ fn doorbell_that_lost_its_value_is_fatal_without_doorbells_in_memory() {
 #[test]
 fn doorbells_in_memory_need_the_register_now_and_then_only() {
     for way in WAYS {
-        let mut rig = Rig::probed(way, &options(2));
+        let mut rig = Rig::probed(way, &shadowed(2));
         let data = rig.pages(1);
         // One in use before, one made afterwards.
         assert_eq!(rig.ask_on(1, sqe(FLUSH, 1, [0; 2], &[])).status, 0);
@@ -426,7 +433,7 @@ fn doorbells_in_memory_need_the_register_now_and_then_only() {
 #[test]
 fn full_queue_goes_on_with_doorbells_in_memory() {
     for way in WAYS {
-        let mut rig = Rig::new(way, &options(1));
+        let mut rig = Rig::new(way, &shadowed(1));
         rig.enable(8);
         let shadows = Shadows {
             doorbells: rig.pages(1),
@@ -526,5 +533,20 @@ fn queue_has_gone_only_when_doorbells_on_their_way_have_arrived() {
         rig.kick(0);
         rig.ring_with(1, 0, Some(3));
         assert_eq!(rig.answer(0).result, 0x0001_0000);
+    }
+}
+
+#[test]
+fn doorbells_in_memory_are_offered_only_where_they_are_wanted() {
+    for (options, wanted) in [(options(1), false), (shadowed(1), true)] {
+        let mut rig = Rig::probed(Way::AtOnce, &options);
+        let commands = rig.identify(1, 0).unwrap()[256..258].to_vec();
+        assert_eq!(commands, [0, u8::from(wanted)]);
+        let effects = rig.log(5, 4096, 0, true).unwrap();
+        assert_eq!(effects[0x7c * 4], u8::from(wanted));
+        let pages = rig.pages(2);
+        let config = sqe(0x7c, 0, [pages, pages + PAGE], &[]);
+        let status = if wanted { 0 } else { 0x01 };
+        assert_eq!(rig.ask(config).status, status);
     }
 }

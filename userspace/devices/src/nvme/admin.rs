@@ -116,7 +116,7 @@ impl Admin {
             admin::CREATE_SQ => self.create_sq(command),
             admin::DELETE_CQ => self.queue_id(command).map(Task::DeleteCq),
             admin::DELETE_SQ => self.queue_id(command).map(Task::DeleteSq),
-            admin::DOORBELL_BUFFERS => {
+            admin::DOORBELL_BUFFERS if self.identity.memory_doorbells => {
                 let aligned = |addr: &u64| addr.is_multiple_of(self.page);
                 match command.prp.iter().all(aligned) {
                     true => Ok(Task::Shadows(command.prp)),
@@ -129,9 +129,9 @@ impl Admin {
 
     fn log(&mut self, command: &Command, totals: Totals) -> Result<Vec<u8>, Status> {
         let wish = Wish::new(command)?;
-        let told = self
-            .logs
-            .tell(&wish, totals, self.features.is_hot_or_cold())?;
+        let warns = self.features.is_hot_or_cold();
+        let shadows = self.identity.memory_doorbells;
+        let told = self.logs.tell(&wish, totals, warns, shadows)?;
         if !wish.retain {
             self.events.was_read(wish.page);
         }

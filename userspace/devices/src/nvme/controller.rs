@@ -68,6 +68,7 @@ impl Controller {
             serial: options.serial.clone(),
             id,
             read_only: options.read_only,
+            memory_doorbells: options.memory_doorbells,
             block: image.logical_block(),
             physical: image.physical_block(),
         };

@@ -16,6 +16,8 @@ pub(super) struct Identity {
     /// What nobody else's namespace is called.
     pub(super) id: u128,
     pub(super) read_only: bool,
+    /// Doorbells can be in memory.
+    pub(super) memory_doorbells: bool,
     /// Bytes of a block, and those that are best written at once.
     pub(super) block: u32,
     pub(super) physical: u32,
@@ -71,8 +73,8 @@ impl Identity {
         put(&mut page, 92, &(1u32 << 8).to_le_bytes());
         // A controller for I/O.
         page[111] = 1;
-        // Doorbells in memory.
-        put(&mut page, 256, &(1u16 << 8).to_le_bytes());
+        let commands = u16::from(self.memory_doorbells) << 8;
+        put(&mut page, 256, &commands.to_le_bytes());
         // Aborts at a time, and event requests, each less one.
         page[258] = 3;
         page[259] = MAX_EVENT_REQUESTS as u8 - 1;

@@ -117,12 +117,14 @@ impl Logs {
         self.changed = true;
     }
 
-    /// The part of a page that the driver wants. `warns`: the temperature is beyond a threshold.
+    /// The part of a page that the driver wants. `warns`: the temperature is beyond a threshold;
+    /// `shadows`: doorbells can be in memory.
     pub(super) fn tell(
         &mut self,
         wish: &Wish,
         totals: Totals,
         warns: bool,
+        shadows: bool,
     ) -> Result<Vec<u8>, Status> {
         match wish.page {
             log::ERROR => wish.of(&self.errors()),
@@ -145,7 +147,7 @@ impl Logs {
                 self.changed &= wish.retain;
                 Ok(part)
             }
-            _ => wish.of(&effects()),
+            _ => wish.of(&effects(shadows)),
         }
     }
 
@@ -189,10 +191,11 @@ impl Logs {
 }
 
 /// Which commands there are, and what they change.
-fn effects() -> Vec<u8> {
+fn effects(shadows: bool) -> Vec<u8> {
     let mut page = vec![0; 4096];
     for opcode in admin::ALL {
-        page[usize::from(opcode) * 4] = 1;
+        let known = shadows || opcode != admin::DOORBELL_BUFFERS;
+        page[usize::from(opcode) * 4] = known.into();
     }
     for (opcode, changes) in io::ALL {
         page[1024 + usize::from(opcode) * 4] = 1 | u8::from(changes) << 1;

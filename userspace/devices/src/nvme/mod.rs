@@ -66,6 +66,9 @@ pub struct Options {
     pub vectors: u16,
     /// At most [`SERIAL_BYTES`] of printable ASCII.
     pub serial: String,
+    /// Offer doorbells in memory (Doorbell Buffer Config), which drivers then use: Linux's always.
+    /// The register is written only where the controller has stopped looking.
+    pub memory_doorbells: bool,
     /// What no other namespace that the driver sees is called. Nothing: made of the image's
     /// device and inode numbers.
     pub id: Option<u128>,
@@ -83,6 +86,7 @@ impl Default for Options {
             queues: 1,
             vectors: 2,
             serial: "ioregion".into(),
+            memory_doorbells: false,
             id: None,
             direct: false,
             io_uring: true,

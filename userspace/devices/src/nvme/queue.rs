@@ -326,11 +326,11 @@ impl Cq {
         entry: Entry,
     ) -> Result<Option<u16>, Broken> {
         let at = self.place.at(self.tail, CQE)?;
-        let mut bytes = entry.result.to_le_bytes().to_vec();
-        bytes.extend([0; 4]);
-        bytes.extend(entry.sq_head.to_le_bytes());
-        bytes.extend(entry.sq.to_le_bytes());
-        bytes.extend(entry.command.to_le_bytes());
+        let mut bytes = [0; 14];
+        bytes[..4].copy_from_slice(&entry.result.to_le_bytes());
+        bytes[8..10].copy_from_slice(&entry.sq_head.to_le_bytes());
+        bytes[10..12].copy_from_slice(&entry.sq.to_le_bytes());
+        bytes[12..].copy_from_slice(&entry.command.to_le_bytes());
         memory.write(at, &bytes)?;
         // Last and at once: the phase bit is what the driver looks at.
         memory.store(at + 14, entry.status.0 << 1 | u16::from(self.phase))?;
