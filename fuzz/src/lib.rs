@@ -4,13 +4,20 @@
 //! `tests/corpus.rs` plays what they have found worth keeping.
 
 mod message;
+mod nvme;
 mod ring;
 
 pub use message::message;
+pub use nvme::nvme;
 pub use ring::{packed, split};
 
 /// A target: its name and what it does with an input.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets; each has a program and a folder of `corpus` of its name.
-pub const TARGETS: [Target; 3] = [("message", message), ("packed", packed), ("split", split)];
+pub const TARGETS: [Target; 4] = [
+    ("message", message),
+    ("nvme", nvme),
+    ("packed", packed),
+    ("split", split),
+];

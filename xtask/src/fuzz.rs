@@ -16,7 +16,7 @@ use crate::sh::Cmd;
 /// The package, its folder, and its targets.
 pub const PACKAGE: &str = "ioregion-fuzz";
 const FOLDER: &str = "fuzz";
-const TARGETS: [&str; 3] = ["message", "packed", "split"];
+const TARGETS: [&str; 4] = ["message", "nvme", "packed", "split"];
 
 /// Named, so that build scripts and procedural macros do not get the flags.
 const HOST: &str = "x86_64-unknown-linux-gnu";
