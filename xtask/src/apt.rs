@@ -199,6 +199,11 @@ pub fn download(package: &str, dir: &Path) -> Result<PathBuf> {
         update()?;
         command.run()?;
     }
+    fetched(package, dir)
+}
+
+/// The file of a package that apt fetched into `dir`.
+fn fetched(package: &str, dir: &Path) -> Result<PathBuf> {
     let start = format!("{}_", package.split('=').next().unwrap_or(package));
     let entries = std::fs::read_dir(dir).with_context(|| format!("reading {}", dir.display()))?;
     let fetched = entries.flatten().map(|entry| entry.path()).find(|path| {
@@ -206,6 +211,89 @@ pub fn download(package: &str, dir: &Path) -> Result<PathBuf> {
         name.starts_with(&start) && name.ends_with(".deb")
     });
     fetched.with_context(|| format!("apt-get fetched no {start}*.deb into {}", dir.display()))
+}
+
+/// Fetches a package file into `dir` from the first of other suites of Debian's that carries it,
+/// on the mirror that this machine uses. Neither the system's sources nor its lists change.
+pub fn download_from(suites: &[&str], package: &str, dir: &Path) -> Result<PathBuf> {
+    can_fetch(
+        &format!("package {package}"),
+        "a Debian 12 or newer system; or the file in the cache by other means",
+    )?;
+    let mut mirror = mirror();
+    if mirror.is_none() {
+        update()?;
+        mirror = self::mirror();
+    }
+    let Some(mirror) = mirror else {
+        bail!(Missing::new(
+            format!("package {package} cannot be fetched: apt has no source of Debian's"),
+            "a line for Debian's main archive in apt's sources",
+        ));
+    };
+    let folder = cache_dir().join("apt");
+    for suite in suites {
+        let list = folder.join(format!("{suite}.list"));
+        let lists = folder.join(format!("lists-{suite}"));
+        let line = format!("deb [signed-by={KEYRING}] {mirror} {suite} main\n");
+        println!("+ echo '{}' > {}", line.trim_end(), list.display());
+        std::fs::create_dir_all(lists.join("partial"))
+            .and_then(|()| std::fs::write(&list, line))
+            .with_context(|| format!("writing {}", list.display()))?;
+        let here = [
+            format!("Dir::Etc::SourceList={}", list.display()),
+            "Dir::Etc::SourceParts=/dev/null".into(),
+            format!("Dir::State::Lists={}", lists.display()),
+            "Acquire::Languages=none".into(),
+            "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false".into(),
+            "APT::Sandbox::User=root".into(),
+        ];
+        let here = here.iter().flat_map(|option| ["-o", option]);
+        let update = Cmd::line("apt-get update").args(here.clone());
+        if update.run().is_err() {
+            println!("{suite} cannot be read");
+            continue;
+        }
+        let names = Cmd::line("apt-cache pkgnames").args(here.clone());
+        let names = names.arg(package).probe().unwrap_or_default();
+        if !names.lines().any(|name| name == package) {
+            println!("{suite} carries no {package}");
+            continue;
+        }
+        std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        let download = Cmd::line("apt-get download").args(here).arg(package);
+        download.dir(dir).run()?;
+        return fetched(package, dir);
+    }
+    bail!(Missing::new(
+        format!("none of the suites {} carries {package}", suites.join(", ")),
+        "the newest line of kernels that Debian packages: adapt xtask/src/kernel/source.rs",
+    ));
+}
+
+/// The keys that sign all of Debian's suites.
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
+/// Where apt has this machine's release of Debian from.
+fn mirror() -> Option<String> {
+    let about = std::fs::read_to_string("/etc/os-release").ok()?;
+    let codename = codename(&about)?;
+    // As apt reads its sources, in whatever format they are.
+    let targets = Cmd::line("apt-get indextargets --format")
+        .arg("$(ORIGIN) $(CODENAME) $(COMPONENT) $(REPO_URI)")
+        .arg("Created-By: Packages")
+        .probe()?;
+    mirror_of(codename, &targets)
+}
+
+/// The mirror of a release's main archive, in lines of origin, code name, component and address.
+fn mirror_of(codename: &str, targets: &str) -> Option<String> {
+    let wanted = ["Debian", codename, "main"];
+    targets.lines().find_map(|line| {
+        let mut words = line.split(' ');
+        let is_wanted = wanted.iter().all(|want| words.next() == Some(want));
+        is_wanted.then(|| words.next().map(String::from)).flatten()
+    })
 }
 
 /// The names of packages that begin with `prefix`; renews the lists once where there are none.
@@ -233,6 +321,16 @@ mod tests {
         assert_eq!(codename(about), Some("bookworm"));
         assert_eq!(codename("VERSION_CODENAME=\"noble\""), Some("noble"));
         assert_eq!(codename("ID=arch"), None);
+    }
+
+    #[test]
+    fn mirror_is_that_of_the_release_itself() {
+        let targets = "Other bookworm main http://x/other/\n\
+            Debian bookworm-updates main http://x/updates/\n\
+            Debian bookworm contrib http://x/contrib/\nDebian bookworm main http://x/debian/\n";
+        let mirror = |name| mirror_of(name, targets);
+        assert_eq!(mirror("bookworm").as_deref(), Some("http://x/debian/"));
+        assert_eq!(mirror("trixie"), None);
     }
 
     #[test]

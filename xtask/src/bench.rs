@@ -257,9 +257,9 @@ impl<'a> Bench<'a> {
     }
 
     fn facts(&self, kernel: &str, boots: &[Value], empty: Option<&Empty>) -> Value {
-        let patches = match self.args.kernel {
-            KernelChoice::Stock => Vec::new(),
-            _ => patches(&self.root.join("kernel/patches/6.12")),
+        let patches = match self.args.kernel.has_patches() {
+            false => Vec::new(),
+            true => patches(&self.root.join("kernel/patches/6.12")),
         };
         json!({
             "kernel": self.args.kernel.name(),

@@ -40,13 +40,18 @@ const PACKAGES: [Package; 12] = [
     Package::new("xz", "xz-utils", "unpacking the kernel's source"),
 ];
 
-/// The same kernel for different purposes.
+/// The patches, from the root.
+const PATCHES: &str = "kernel/patches/6.12";
+
+/// Kernels for different purposes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Variant {
     /// For tests and measurements in the VM.
     Patched,
     /// The same with lock and memory checkers.
     Debug,
+    /// A newer kernel without patches, for interfaces that the others do not have.
+    Next,
 }
 
 impl Variant {
@@ -55,15 +60,46 @@ impl Variant {
         match self {
             Self::Patched => "patched",
             Self::Debug => "debug",
+            Self::Next => "next",
+        }
+    }
+
+    /// Where its source comes from.
+    fn line(self) -> source::Line {
+        match self {
+            Self::Patched | Self::Debug => source::LTS,
+            Self::Next => source::NEXT,
+        }
+    }
+
+    /// The folder of its patches.
+    fn patches(self) -> Option<&'static str> {
+        match self {
+            Self::Patched | Self::Debug => Some(PATCHES),
+            Self::Next => None,
         }
     }
 
     /// Configuration fragments in `kernel/config`, in order.
     fn fragments(self) -> &'static [&'static str] {
         match self {
-            Self::Patched => &["base.config"],
+            Self::Patched | Self::Next => &["base.config"],
             Self::Debug => &["base.config", "debug.config"],
         }
+    }
+
+    /// Options of these fragments that it does not have.
+    fn lacks(self) -> &'static [&'static str] {
+        match self {
+            Self::Patched | Self::Debug => &[],
+            // Called SYSCTL there, and on where nobody says otherwise.
+            Self::Next => &["CONFIG_PROC_SYSCTL"],
+        }
+    }
+
+    /// What its configuration is made from.
+    fn configuration(self, root: &Path) -> Result<String> {
+        config::without(&fragments(root, self.fragments())?, self.lacks())
     }
 }
 
@@ -73,6 +109,9 @@ pub struct KernelArgs {
     /// With lockdep, KASAN and the like, for `cargo xtask vm --kernel debug`
     #[arg(long)]
     debug: bool,
+    /// A newer one without patches, for `cargo xtask vm --kernel next`
+    #[arg(long, conflicts_with_all = ["debug", "deb"])]
+    next: bool,
     /// A Debian package for a real machine, with a distribution's configuration and KVM as
     /// modules; takes hours
     #[arg(long, conflicts_with = "debug")]
@@ -103,11 +142,11 @@ pub fn setup() -> Result<()> {
 }
 
 /// Whether a kernel can be built here, perhaps after set-up.
-pub fn check() -> Result<(), Missing> {
+pub fn check(variant: Variant) -> Result<(), Missing> {
     if !apt::can_install() {
         apt::check(&PACKAGES)?;
     }
-    source::check()
+    variant.line().check()
 }
 
 /// Builds what the arguments ask for.
@@ -115,9 +154,10 @@ pub fn run(root: &Path, args: &KernelArgs) -> Result<()> {
     if args.deb {
         return deb::build(root, args);
     }
-    let variant = match args.debug {
-        true => Variant::Debug,
-        false => Variant::Patched,
+    let variant = match (args.debug, args.next) {
+        (true, _) => Variant::Debug,
+        (_, true) => Variant::Next,
+        _ => Variant::Patched,
     };
     let built = build(root, variant, args)?;
     println!("{}: {}", built.what, built.image.display());
@@ -129,22 +169,16 @@ fn base(root: &Path) -> PathBuf {
     root.join("target/kernel")
 }
 
-/// The patched source; the folder of kernels must be locked.
+/// The source with its patches; the folder of kernels must be locked.
 struct Patched {
-    version: String,
     tree: Tree,
 }
 
 impl Patched {
-    fn prepare(
-        base: &Path,
-        version: String,
-        package: &Path,
-        patches: &[source::Patch],
-    ) -> Result<Self> {
-        let tree = Tree::unpack(package, &base.join(format!("source-{version}")))?;
+    fn prepare(base: &Path, package: &source::Package, patches: &[source::Patch]) -> Result<Self> {
+        let tree = Tree::unpack(package, &base.join(format!("source-{}", package.version)))?;
         tree.apply(patches)?;
-        Ok(Self { version, tree })
+        Ok(Self { tree })
     }
 
     /// make on the source with its output in `objects`, in the same environment each time: the
@@ -179,14 +213,18 @@ impl Patched {
 
 /// The kernel of a variant: from the cache where the same was built before.
 pub fn build(root: &Path, variant: Variant, args: &KernelArgs) -> Result<Built> {
-    let patches = source::series(&root.join("kernel/patches/6.12"))?;
-    let fragments = fragments(root, variant.fragments())?;
+    let patches = match variant.patches() {
+        Some(folder) => source::series(&root.join(folder))?,
+        None => Vec::new(),
+    };
+    let fragments = variant.configuration(root)?;
     setup()?;
     let base = base(root);
-    let (package, version) = source::package(args.update)?;
+    let package = variant.line().fetch(args.update)?;
+    let version = &package.version;
     let compiler = Cmd::line("cc --version").probe().unwrap_or_default();
     let mut key = Key::default();
-    key.add("version", &version);
+    key.add("version", version);
     key.add("compiler", compiler.lines().next().unwrap_or_default());
     key.add("configuration", &fragments);
     for patch in &patches {
@@ -206,11 +244,11 @@ pub fn build(root: &Path, variant: Variant, args: &KernelArgs) -> Result<Built> 
     if key.is_in(&out) {
         return Ok(built);
     }
-    if patches.is_empty() {
-        println!("kernel/patches/6.12 holds no patch: building the unpatched source");
+    if let (Some(folder), true) = (variant.patches(), patches.is_empty()) {
+        println!("{folder} holds no patch: building the unpatched source");
     }
     let started = Instant::now();
-    let source = Patched::prepare(&base, version, &package, &patches)?;
+    let source = Patched::prepare(&base, &package, &patches)?;
     let objects = base.join(format!("build-{}", variant.name()));
     fs::create_dir_all(&objects).with_context(|| format!("cannot make {}", objects.display()))?;
     let configure = objects.join("config.log");
@@ -223,7 +261,7 @@ pub fn build(root: &Path, variant: Variant, args: &KernelArgs) -> Result<Built> 
     logged(&source.make(&objects, args.jobs).arg("bzImage"), &log)?;
     keep(&objects, &out, &key)?;
     let seconds = started.elapsed().as_secs();
-    println!("built linux {} in {seconds} s", source.version);
+    println!("built linux {version} in {seconds} s");
     Ok(built)
 }
 
@@ -339,6 +377,8 @@ mod tests {
         let debug = fragments(&root, Variant::Debug.fragments()).unwrap();
         assert!(base.contains("CONFIG_KVM=y") && !base.contains("CONFIG_KASAN"));
         assert!(debug.starts_with(&base) && debug.contains("CONFIG_PROVE_LOCKING=y"));
+        let next = Variant::Next.configuration(&root).unwrap();
+        assert!(next.contains("CONFIG_VDPA_USER=y") && !next.contains("CONFIG_PROC_SYSCTL"));
         let deb = fragments(&root, &deb::FRAGMENTS).unwrap();
         assert!(deb.contains("CONFIG_KVM=m"));
     }

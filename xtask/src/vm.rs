@@ -22,7 +22,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::apt::{self, Package};
-use crate::kernel::{KernelArgs, Variant};
+use crate::kernel::KernelArgs;
 use crate::lock::Lock;
 use crate::sh::{Cmd, table, which};
 use crate::toolchain::Missing;
@@ -101,9 +101,9 @@ pub fn check(kernel: KernelChoice) -> Result<(), Missing> {
         apt::check(&PACKAGES)?;
         emulator()?;
     }
-    match kernel {
-        KernelChoice::Stock => stock::check(),
-        KernelChoice::Patched | KernelChoice::Debug => kernel::check(),
+    match kernel.variant() {
+        None => stock::check(),
+        Some(variant) => kernel::check(variant),
     }
 }
 
@@ -333,10 +333,8 @@ fn kernel(root: &Path, args: &VmArgs) -> Result<Kernel> {
             modules: None,
         });
     }
-    let variant = match args.kernel {
-        KernelChoice::Stock => return stock::kernel(),
-        KernelChoice::Patched => Variant::Patched,
-        KernelChoice::Debug => Variant::Debug,
+    let Some(variant) = args.kernel.variant() else {
+        return stock::kernel();
     };
     let built = kernel::build(root, variant, &KernelArgs::default())?;
     Ok(Kernel {

@@ -50,6 +50,29 @@ pub fn mentioned(fragment: &str, config: &str) -> String {
     kept.collect::<Vec<&str>>().join("\n")
 }
 
+/// Fragments without options that this kernel does not have.
+///
+/// # Errors
+///
+/// Names an option that no fragment asks for anyway.
+pub fn without(fragments: &str, names: &[&str]) -> Result<String> {
+    for name in names {
+        if !fragments
+            .lines()
+            .filter_map(option)
+            .any(|(other, _)| other == *name)
+        {
+            bail!("kernel/config does not ask for {name}, which some kernel is to do without");
+        }
+    }
+    let keeps = |line: &&str| option(line).is_none_or(|(name, _)| !names.contains(&name));
+    Ok(fragments
+        .lines()
+        .filter(keeps)
+        .collect::<Vec<&str>>()
+        .join("\n"))
+}
+
 /// An error that names every option that was lost.
 pub fn check(fragments: &str, config: &str) -> Result<()> {
     let lost = lost(fragments, config);
@@ -103,6 +126,16 @@ mod tests {
         let fragments = "CONFIG_A=y\nCONFIG_A=n\n";
         assert!(lost(fragments, "").is_empty());
         assert_eq!(lost(fragments, "CONFIG_A=y\n").len(), 1);
+    }
+
+    #[test]
+    fn options_that_a_kernel_does_not_have_are_left_out_by_name() {
+        let fragments = "# a comment\nCONFIG_A=y\n# CONFIG_B is not set\nCONFIG_AB=y\nCONFIG_A=m";
+        let kept = without(fragments, &["CONFIG_A", "CONFIG_B"]).unwrap();
+        assert_eq!(kept, "# a comment\nCONFIG_AB=y");
+        assert_eq!(without(fragments, &[]).unwrap(), fragments);
+        let error = without(fragments, &["CONFIG_C"]).unwrap_err().to_string();
+        assert!(error.contains("CONFIG_C"), "{error}");
     }
 
     #[test]

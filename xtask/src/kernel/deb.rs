@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use super::{KernelArgs, Patched, base, config, fragments, logged, setup, source};
+use super::{KernelArgs, PATCHES, Patched, base, config, fragments, logged, setup, source};
 use crate::apt::{self, Package};
 use crate::lock::Lock;
 use crate::sh::Cmd;
@@ -28,21 +28,21 @@ const CONFIGURATIONS: &str = "linux-config-6.12";
 
 /// Builds the packages into `target/kernel/deb`.
 pub fn build(root: &Path, args: &KernelArgs) -> Result<()> {
-    let patches = source::series(&root.join("kernel/patches/6.12"))?;
+    let patches = source::series(&root.join(PATCHES))?;
     let changes = fragments(root, &FRAGMENTS)?;
     let keys = fragments(root, &KEYS)?;
     setup()?;
     apt::ensure(&PACKAGES)?;
     let base = base(root);
     let _lock = Lock::take(&base)?;
-    let (package, version) = source::package(args.update)?;
+    let package = source::LTS.fetch(args.update)?;
     let distribution = match &args.config {
         Some(file) => fs::read_to_string(file)
             .with_context(|| format!("reading the configuration {}", file.display()))?,
-        None => debian_configuration(&base, &version)?,
+        None => debian_configuration(&base, &package.version)?,
     };
     let keys = config::mentioned(&keys, &distribution);
-    let source = Patched::prepare(&base, version, &package, &patches)?;
+    let source = Patched::prepare(&base, &package, &patches)?;
     // The packages appear in the folder above the objects.
     let folder = base.join("deb");
     let objects = folder.join("build");

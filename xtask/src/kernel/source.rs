@@ -12,8 +12,26 @@ use crate::lock::Lock;
 use crate::sh::Cmd;
 use crate::toolchain::{Missing, cache_dir};
 
-/// The package that holds the source.
-const PACKAGE: &str = "linux-source-6.12";
+/// A line of kernels as Debian packages its source.
+#[derive(Debug, Clone, Copy)]
+pub struct Line {
+    /// The package that holds the source.
+    package: &'static str,
+    /// Suites that carry it, the first that does counts; none where the machine's own do.
+    suites: &'static [&'static str],
+}
+
+/// The line that the patches are for.
+pub const LTS: Line = Line {
+    package: "linux-source-6.12",
+    suites: &[],
+};
+
+/// A newer one, for interfaces that the other does not have.
+pub const NEXT: Line = Line {
+    package: "linux-source-7.3",
+    suites: &["trixie-backports", "testing", "unstable"],
+};
 
 /// A patch of the series.
 #[derive(Debug, Clone)]
@@ -82,72 +100,91 @@ pub fn series(folder: &Path) -> Result<Vec<Patch>> {
     Ok(patches)
 }
 
-/// Whether the source is here, or can be fetched.
-pub fn check() -> Result<(), Missing> {
-    if newest(&packages_folder()).is_some() {
-        return Ok(());
+impl Line {
+    /// Whether the source is here, or can be fetched.
+    pub fn check(self) -> Result<(), Missing> {
+        if self.newest(&packages_folder()).is_some() {
+            return Ok(());
+        }
+        apt::can_fetch(
+            &format!("package {}", self.package),
+            "a Debian system; or `git am kernel/patches/6.12/*.patch` in a tree of your own",
+        )
     }
-    apt::can_fetch(
-        &format!("package {PACKAGE}"),
-        "a Debian system; or `git am kernel/patches/6.12/*.patch` in a tree of your own",
-    )
+
+    /// The version in a package's file name, `NAME_VERSION_ARCHITECTURE.deb`.
+    fn version_of(self, file: &Path) -> Option<&str> {
+        let rest = file
+            .file_name()?
+            .to_str()?
+            .strip_prefix(self.package)?
+            .strip_prefix('_')?;
+        let version = rest.strip_suffix("_all.deb")?;
+        (!version.is_empty()).then_some(version)
+    }
+
+    /// The newest package in the cache.
+    fn newest(self, folder: &Path) -> Option<PathBuf> {
+        let files = fs::read_dir(folder)
+            .ok()?
+            .flatten()
+            .map(|entry| entry.path());
+        files
+            .filter(|file| self.version_of(file).is_some())
+            .max_by_key(|file| self.version_of(file).map(numbers))
+    }
+
+    /// The source package: what is in the cache, or with `renew` the newest that apt knows.
+    pub fn fetch(self, renew: bool) -> Result<Package> {
+        let folder = packages_folder();
+        let file = match self.newest(&folder).filter(|_| !renew) {
+            Some(file) => file,
+            None => {
+                let _lock = Lock::take(&folder)?;
+                // A download that was cut short must not be taken for the package.
+                let part = folder.join("part");
+                if part.exists() {
+                    fs::remove_dir_all(&part)
+                        .with_context(|| format!("cannot remove {}", part.display()))?;
+                }
+                let fetched = match self.suites {
+                    [] => apt::download(self.package, &part)?,
+                    suites => apt::download_from(suites, self.package, &part)?,
+                };
+                let file = folder.join(fetched.file_name().unwrap_or_default());
+                fs::rename(&fetched, &file)
+                    .with_context(|| format!("cannot make {}", file.display()))?;
+                file
+            }
+        };
+        let version = self.version_of(&file);
+        let version = version.context("the source package has a strange name")?;
+        Ok(Package {
+            version: version.to_owned(),
+            archive: format!("usr/src/{}.tar.xz", self.package),
+            file,
+        })
+    }
+}
+
+/// A source package in the cache.
+#[derive(Debug)]
+pub struct Package {
+    file: PathBuf,
+    /// Its version.
+    pub version: String,
+    /// The path of the source in it.
+    archive: String,
 }
 
 fn packages_folder() -> PathBuf {
     cache_dir().join("kernels/source")
 }
 
-/// The version in a package's file name, `NAME_VERSION_ARCHITECTURE.deb`.
-fn version_of(file: &Path) -> Option<&str> {
-    let rest = file
-        .file_name()?
-        .to_str()?
-        .strip_prefix(PACKAGE)?
-        .strip_prefix('_')?;
-    let version = rest.strip_suffix("_all.deb")?;
-    (!version.is_empty()).then_some(version)
-}
-
 /// Numbers in a version, for comparing: `6.12.117-1~deb12u1` has 6, 12, 117, 1, 12, 1.
 fn numbers(version: &str) -> Vec<u64> {
     let parts = version.split(|c: char| !c.is_ascii_digit());
     parts.filter_map(|part| part.parse().ok()).collect()
-}
-
-/// The newest package in the cache.
-fn newest(folder: &Path) -> Option<PathBuf> {
-    let files = fs::read_dir(folder)
-        .ok()?
-        .flatten()
-        .map(|entry| entry.path());
-    files
-        .filter(|file| version_of(file).is_some())
-        .max_by_key(|file| version_of(file).map(numbers))
-}
-
-/// The source package: what is in the cache, or with `renew` the newest that apt knows.
-pub fn package(renew: bool) -> Result<(PathBuf, String)> {
-    let folder = packages_folder();
-    let file = match newest(&folder).filter(|_| !renew) {
-        Some(file) => file,
-        None => {
-            let _lock = Lock::take(&folder)?;
-            // A download that was cut short must not be taken for the package.
-            let part = folder.join("part");
-            if part.exists() {
-                fs::remove_dir_all(&part)
-                    .with_context(|| format!("cannot remove {}", part.display()))?;
-            }
-            let fetched = apt::download(PACKAGE, &part)?;
-            let file = folder.join(fetched.file_name().unwrap_or_default());
-            fs::rename(&fetched, &file)
-                .with_context(|| format!("cannot make {}", file.display()))?;
-            file
-        }
-    };
-    let version = version_of(&file).context("the source package has a strange name")?;
-    let version = version.to_owned();
-    Ok((file, version))
 }
 
 /// A source tree with its patches.
@@ -161,7 +198,7 @@ pub struct Tree {
 
 impl Tree {
     /// Unpacks the package at `dir` unless that was done before.
-    pub fn unpack(package: &Path, dir: &Path) -> Result<Self> {
+    pub fn unpack(package: &Package, dir: &Path) -> Result<Self> {
         let tree = Self {
             dir: dir.to_owned(),
             pristine: beside(dir, ".pristine"),
@@ -179,10 +216,10 @@ impl Tree {
         let (packed, fresh) = (part.join("package"), part.join("tree"));
         fs::create_dir_all(&fresh).with_context(|| format!("cannot make {}", fresh.display()))?;
         Cmd::line("dpkg-deb --extract")
-            .arg(package)
+            .arg(&package.file)
             .arg(&packed)
             .run()?;
-        let archive = packed.join(format!("usr/src/{PACKAGE}.tar.xz"));
+        let archive = packed.join(&package.archive);
         Cmd::line("tar --extract --strip-components=1 --file")
             .arg(&archive)
             .arg("--directory")

@@ -8,6 +8,7 @@ use clap::{Args, Parser, ValueEnum};
 use super::VM_PACKAGES;
 use super::accelerator::Choice;
 use super::plants::Plant;
+use crate::kernel::Variant;
 
 /// Test programs that take minutes and are about the guest itself, not about the kernel: only by
 /// name or with `--full`.
@@ -26,6 +27,8 @@ pub enum KernelChoice {
     Patched,
     /// The patched kernel with lock and memory checkers
     Debug,
+    /// A newer kernel (7.3), without patches: what VDUSE has there
+    Next,
 }
 
 impl KernelChoice {
@@ -35,7 +38,23 @@ impl KernelChoice {
             Self::Stock => "stock",
             Self::Patched => "patched",
             Self::Debug => "debug",
+            Self::Next => "next",
         }
+    }
+
+    /// How it is built; `None` where it is fetched as it is.
+    pub fn variant(self) -> Option<Variant> {
+        match self {
+            Self::Stock => None,
+            Self::Patched => Some(Variant::Patched),
+            Self::Debug => Some(Variant::Debug),
+            Self::Next => Some(Variant::Next),
+        }
+    }
+
+    /// Whether it has our patches.
+    pub fn has_patches(self) -> bool {
+        matches!(self, Self::Patched | Self::Debug)
     }
 }
 
@@ -157,7 +176,7 @@ impl VmArgs {
 
     /// Whether the kernel may have our patches, so that their own tests can run.
     pub fn has_patches(&self) -> bool {
-        self.image.is_some() || self.kernel != KernelChoice::Stock
+        self.image.is_some() || self.kernel.has_patches()
     }
 
     /// Whether a test program of a package runs. Devices of the machine under test have nothing to
@@ -291,6 +310,7 @@ mod tests {
     #[test]
     fn stock_kernel_has_no_patches() {
         let has = |line| parse(line).unwrap().has_patches();
+        assert!(!has("--kernel next"));
         assert!(!has("") && has("--kernel patched") && has("--kernel debug"));
         assert!(has("--image /x"));
     }

@@ -128,11 +128,19 @@ fn series_is_read_in_the_order_of_names() {
 #[test]
 fn newest_package_is_chosen_by_number() {
     let dir = tempfile::tempdir().unwrap();
-    assert_eq!(newest(dir.path()), None);
+    assert_eq!(LTS.newest(dir.path()), None);
+    let put = |line: Line, version| {
+        let name = format!("{}_{version}_all.deb", line.package);
+        fs::write(dir.path().join(name), "").unwrap();
+    };
     for version in ["6.12.99-1", "6.12.117-1~deb12u1", "6.12.107-1~deb12u1"] {
-        fs::write(dir.path().join(format!("{PACKAGE}_{version}_all.deb")), "").unwrap();
+        put(LTS, version);
     }
     fs::write(dir.path().join("other_9.0_all.deb"), "").unwrap();
-    let newest = newest(dir.path()).unwrap();
-    assert_eq!(version_of(&newest), Some("6.12.117-1~deb12u1"));
+    assert_eq!(NEXT.newest(dir.path()), None);
+    put(NEXT, "7.3.4-1~bpo13+1");
+    for (line, version) in [(LTS, "6.12.117-1~deb12u1"), (NEXT, "7.3.4-1~bpo13+1")] {
+        let newest = line.newest(dir.path()).unwrap();
+        assert_eq!(line.version_of(&newest), Some(version));
+    }
 }
