@@ -7,8 +7,8 @@ use std::path::Path;
 
 use ioregion_abi::vduse::{
     DevConfig, VDUSE_API_VERSION, VDUSE_API_VERSION_1, VDUSE_CREATE_DEV, VDUSE_DESTROY_DEV,
-    VDUSE_GET_API_VERSION, VDUSE_GET_FEATURES, VDUSE_NAME_MAX, VDUSE_SET_API_VERSION,
-    VDUSE_SET_FEATURES,
+    VDUSE_F_QUEUE_READY, VDUSE_F_SUSPEND, VDUSE_GET_API_VERSION, VDUSE_GET_FEATURES,
+    VDUSE_NAME_MAX, VDUSE_SET_API_VERSION, VDUSE_SET_FEATURES,
 };
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
@@ -22,6 +22,9 @@ const PATH: &str = "/dev/vduse/control";
 /// The requests (`ioctl`) of [`Control::create`] and [`Control::destroy`]: what a filter of system
 /// calls has to let through for a process that has the control device open.
 pub const CONTROL_REQUESTS: [u64; 2] = [VDUSE_CREATE_DEV, VDUSE_DESTROY_DEV];
+
+/// The `VDUSE_F_*` (bits) that a service can serve.
+const SERVED: u64 = 1 << VDUSE_F_QUEUE_READY | 1 << VDUSE_F_SUSPEND;
 
 /// What a device is made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +41,27 @@ pub struct DeviceConfig {
     pub queues: u16,
     /// The configuration space.
     pub config: Vec<u8>,
+}
+
+/// How the queues of a device are grouped (API version 1).
+///
+/// Each group uses the memory of one address space, which its driver chooses; without being told
+/// otherwise that is the first. Which queue is of which group, the device's file is told
+/// ([`DeviceFile::group_queues`](crate::DeviceFile::group_queues)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Groups {
+    /// Groups, at least one.
+    pub groups: u16,
+    /// Address spaces, at least one.
+    pub spaces: u16,
+}
+
+impl Groups {
+    /// All queues in one group and in one address space, which every API version has.
+    pub const ONE: Self = Self {
+        groups: 1,
+        spaces: 1,
+    };
 }
 
 /// `/dev/vduse/control`, with what was agreed upon with the kernel.
@@ -59,11 +83,21 @@ impl Control {
         Self::negotiate(VDUSE_API_VERSION, 0)
     }
 
+    /// Opens the control device and agrees with the kernel on the newest API version and on all
+    /// features that a [`Service`](crate::Service) can serve and the kernel has.
+    ///
+    /// # Errors
+    ///
+    /// As [`negotiate`](Self::negotiate).
+    pub fn newest() -> Result<Self, Error> {
+        Self::negotiate(VDUSE_API_VERSION_1, SERVED)
+    }
+
     /// Opens the control device and agrees with the kernel on the newest API version up to
     /// `version` and on those of the `VDUSE_F_*` in `features` (bits) that it has.
     ///
-    /// A [`Service`](crate::Service) serves devices without features: it refuses the requests
-    /// that come with them.
+    /// A [`Service`](crate::Service) serves devices of any version and with any of the features
+    /// that this library knows: see [`newest`](Self::newest).
     ///
     /// # Errors
     ///
@@ -126,7 +160,17 @@ impl Control {
     /// is taken, `EINVAL` for features that it does not allow, such as the control queue of
     /// network devices, which would let the kernel wait for user space.
     pub fn create(&self, config: &DeviceConfig) -> Result<(), Error> {
-        let request = encode(config, self.version)?;
+        self.create_grouped(config, Groups::ONE)
+    }
+
+    /// Makes a device whose queues are of several groups.
+    ///
+    /// # Errors
+    ///
+    /// As [`create`](Self::create); [`Error::Config`] where version 0 was agreed upon, which has
+    /// one group and one address space.
+    pub fn create_grouped(&self, config: &DeviceConfig, groups: Groups) -> Result<(), Error> {
+        let request = encode(config, groups, self.version)?;
         sys::pass_bytes(self.file.as_fd(), VDUSE_CREATE_DEV, &request).map_err(|error| {
             let what = match error.raw_os_error() {
                 // The kernel says no more than that something is wrong.
@@ -204,13 +248,24 @@ pub(crate) fn path_of(name: &str) -> Result<std::path::PathBuf, Error> {
 }
 
 /// `struct vduse_dev_config` and the configuration space behind it.
-fn encode(config: &DeviceConfig, version: u64) -> Result<Vec<u8>, Error> {
+fn encode(config: &DeviceConfig, groups: Groups, version: u64) -> Result<Vec<u8>, Error> {
     let bad = |what| Error::Config {
         name: config.name.clone(),
         what,
     };
     if config.queues == 0 {
         return Err(bad("a device needs at least one queue"));
+    }
+    if groups.groups == 0 || groups.spaces == 0 {
+        return Err(bad(
+            "a device needs at least one group and one address space",
+        ));
+    }
+    if version < VDUSE_API_VERSION_1 && groups != Groups::ONE {
+        return Err(bad(
+            "groups of queues and address spaces need API version 1, which this kernel does not \
+             have or which was not asked for",
+        ));
     }
     let size = u32::try_from(config.config.len()).unwrap_or(u32::MAX);
     if size > 4096 {
@@ -235,8 +290,9 @@ fn encode(config: &DeviceConfig, version: u64) -> Result<Vec<u8>, Error> {
     put(offset_of!(DevConfig, vq_num), &queues.to_ne_bytes());
     put(offset_of!(DevConfig, vq_align), &4096u32.to_ne_bytes());
     if version >= VDUSE_API_VERSION_1 {
-        put(offset_of!(DevConfig, ngroups), &1u32.to_ne_bytes());
-        put(offset_of!(DevConfig, nas), &1u32.to_ne_bytes());
+        let (groups, spaces) = (u32::from(groups.groups), u32::from(groups.spaces));
+        put(offset_of!(DevConfig, ngroups), &groups.to_ne_bytes());
+        put(offset_of!(DevConfig, nas), &spaces.to_ne_bytes());
     }
     put(offset_of!(DevConfig, config_size), &size.to_ne_bytes());
     bytes.extend(&config.config);
@@ -261,7 +317,7 @@ mod tests {
     #[test]
     fn configuration_is_laid_out_as_in_the_header() {
         for (version, spaces) in [(0, 0u32), (1, 1)] {
-            let bytes = encode(&config(), version).unwrap();
+            let bytes = encode(&config(), Groups::ONE, version).unwrap();
             assert_eq!(bytes.len(), 336 + 5);
             assert_eq!(bytes[..5], *b"disk\0");
             assert_eq!(bytes[256..260], 0x1234_5678u32.to_ne_bytes());
@@ -277,6 +333,23 @@ mod tests {
     }
 
     #[test]
+    fn groups_need_the_version_that_has_them() {
+        let groups = |groups, spaces| Groups { groups, spaces };
+        let bytes = encode(&config(), groups(3, 2), 1).unwrap();
+        assert_eq!(bytes[280..284], 3u32.to_ne_bytes());
+        assert_eq!(bytes[284..288], 2u32.to_ne_bytes());
+        for (refused, version) in [
+            (groups(2, 1), 0),
+            (groups(1, 2), 0),
+            (groups(0, 1), 1),
+            (groups(1, 0), 1),
+        ] {
+            let error = encode(&config(), refused, version).unwrap_err();
+            assert!(matches!(error, Error::Config { .. }), "{error}");
+        }
+    }
+
+    #[test]
     fn names_and_configurations_that_cannot_be_are_refused() {
         let long = "x".repeat(256);
         for name in ["", "a/b", "..", ".", "control", "a\0b", &long] {
@@ -285,7 +358,7 @@ mod tests {
                 ..config()
             };
             assert!(
-                matches!(encode(&config, 0), Err(Error::Name(_))),
+                matches!(encode(&config, Groups::ONE, 0), Err(Error::Name(_))),
                 "{name:?}"
             );
         }
@@ -294,11 +367,17 @@ mod tests {
             queues: 0,
             ..config()
         };
-        assert!(matches!(encode(&none, 0), Err(Error::Config { .. })));
+        assert!(matches!(
+            encode(&none, Groups::ONE, 0),
+            Err(Error::Config { .. })
+        ));
         let large = DeviceConfig {
             config: vec![0; 4097],
             ..config()
         };
-        assert!(matches!(encode(&large, 0), Err(Error::Config { .. })));
+        assert!(matches!(
+            encode(&large, Groups::ONE, 0),
+            Err(Error::Config { .. })
+        ));
     }
 }

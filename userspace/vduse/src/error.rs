@@ -43,6 +43,16 @@ pub enum Error {
         /// Why not.
         error: io::Error,
     },
+    /// The bounce buffer cannot be in this process.
+    #[error("device {name}: its bounce buffer: {what}: {error}")]
+    Bounce {
+        /// Which device.
+        name: String,
+        /// What was asked for.
+        what: &'static str,
+        /// Why not.
+        error: io::Error,
+    },
     /// The kernel has neither version of the interface.
     #[error("this kernel's VDUSE has API version {0}, which this library does not know")]
     Version(u64),

@@ -29,7 +29,9 @@
 //! raises SIGBUS, for which this library installs a handler; other causes of SIGBUS go to the
 //! handler that was there before.
 
+mod bounce;
 mod control;
+mod entry;
 mod error;
 mod identity;
 mod iotlb;
@@ -38,11 +40,13 @@ mod message;
 mod port;
 mod requests;
 mod service;
+mod shared;
 mod sys;
 pub mod vdpa;
 mod worker;
 
-pub use control::{CONTROL_REQUESTS, Control, DeviceConfig, available, check_name};
+pub use bounce::{BounceBuffer, SETTINGS, set_bounce_size};
+pub use control::{CONTROL_REQUESTS, Control, DeviceConfig, Groups, available, check_name};
 pub use error::Error;
 pub use identity::Identity;
 pub use ioregion_devices::virtio::{Health, Status, StatusError, Step};

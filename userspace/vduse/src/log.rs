@@ -1,12 +1,14 @@
 //! The log of a device: a file by which another process takes the device over.
 //!
 //! It holds which device it is of and, for each queue, what is in flight
-//! ([`QueueLog`]). The file is mapped and shared, so that it outlives a process that is killed at
+//! ([`QueueLog`]), where it stands while it stands still, and the address space of its memory. The file is mapped and shared, so that it outlives a process that is killed at
 //! any instruction (not the machine, whose drivers do not either). Whoever serves the device holds
 //! a lock on it.
 //!
 //! Everything in it is checked: the file may be another device's, of another version, cut short, or
 //! no log at all.
+
+mod standing;
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
@@ -26,7 +28,7 @@ use crate::sys::Mapping;
 /// First word. A file without it is left alone.
 const MAGIC: u64 = u64::from_ne_bytes(*b"ioreglog");
 /// Second word, written last.
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 /// There until then.
 const UNFINISHED: u64 = 0;
 
@@ -51,6 +53,7 @@ mod at {
 const NO_DRIVER: u64 = 0;
 const DRIVER: u64 = 1;
 const ENDING: u64 = 2;
+const SUSPENDED: u64 = 3;
 
 /// What a log is of.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -139,6 +142,8 @@ pub(crate) enum Session {
     None,
     /// A driver is ready; the logs of queues are its.
     Driver,
+    /// The same, but all queues have to stand still until it resets the device.
+    Suspended,
     /// It was resetting the device: logs of queues may be gone.
     Ending,
 }
@@ -299,7 +304,7 @@ impl Log {
     }
 
     fn words_for(logged: &Logged) -> usize {
-        at::END + usize::from(logged.queues) * QueueLog::words_for(logged.queue_size)
+        standing::first(logged) + usize::from(logged.queues) * standing::WORDS
     }
 
     fn write_head(&self) {
@@ -332,6 +337,10 @@ impl Log {
         // Until it is whole again it is nobody's.
         self.words.store(at::VERSION, UNFINISHED);
         self.clear();
+        // Nor has its driver moved any queue to another address space.
+        for queue in 0..self.logged.queues {
+            self.set_space(queue, 0);
+        }
         self.write_head();
         // Of a file that was cut short this device has to hear, too.
         self.said = AtomicBool::new(false);
@@ -368,6 +377,7 @@ impl Log {
         match self.words.load(at::SESSION) {
             DRIVER => Session::Driver,
             NO_DRIVER => Session::None,
+            SUSPENDED => Session::Suspended,
             // Nothing is taken over from a log that says anything else.
             _ => Session::Ending,
         }
@@ -379,6 +389,12 @@ impl Log {
         self.words.store(at::SESSION, DRIVER);
     }
 
+    /// All queues stand still, with their positions on record, or may go on.
+    pub(crate) fn suspend(&self, suspended: bool) {
+        let session = if suspended { SUSPENDED } else { DRIVER };
+        self.words.store(at::SESSION, session);
+    }
+
     /// The driver has reset the device. No queue may be served any more.
     pub(crate) fn end_session(&self) {
         self.words.store(at::SESSION, ENDING);
@@ -387,8 +403,8 @@ impl Log {
     }
 
     fn clear(&self) {
-        for queue in (0..self.logged.queues).filter_map(|index| self.queue(index)) {
-            queue.clear();
+        for index in 0..self.logged.queues {
+            self.clear_queue(index);
         }
     }
 

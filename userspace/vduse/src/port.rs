@@ -4,14 +4,18 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
+use std::sync::OnceLock;
 
 use ioregion_abi::vduse::{
-    ConfigData, IotlbEntry, VDUSE_ACCESS_RO, VDUSE_ACCESS_WO, VDUSE_DEV_GET_FEATURES,
-    VDUSE_DEV_INJECT_CONFIG_IRQ, VDUSE_DEV_SET_CONFIG, VDUSE_IOTLB_GET_FD, VDUSE_VQ_GET_INFO,
+    ConfigData, VDUSE_API_VERSION_1, VDUSE_DEV_GET_FEATURES, VDUSE_DEV_INJECT_CONFIG_IRQ,
+    VDUSE_DEV_SET_CONFIG, VDUSE_IOTLB_DEREG_UMEM, VDUSE_IOTLB_GET_FD, VDUSE_IOTLB_GET_FD2,
+    VDUSE_IOTLB_GET_FD2_EARLY, VDUSE_IOTLB_GET_INFO, VDUSE_IOTLB_REG_UMEM, VDUSE_VQ_GET_INFO,
     VDUSE_VQ_INJECT_IRQ, VDUSE_VQ_SETUP, VDUSE_VQ_SETUP_KICKFD, VqConfig, VqEventfd, VqInfo,
 };
 
+use crate::bounce::{Bounce, BounceBuffer};
 use crate::control::{check_name, path_of};
+use crate::entry::Interface;
 use crate::error::Error;
 use crate::iotlb::{Region, Source};
 use crate::sys;
@@ -63,12 +67,43 @@ pub trait Port: AsFd + Source {
     ///
     /// The system's.
     fn change_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()>;
+
+    /// The API version that the device was made with, which says how requests are to be read.
+    fn version(&self) -> u64 {
+        0
+    }
+
+    /// The group of a queue. Version 0 has only one.
+    fn group(&self, _queue: u16) -> u32 {
+        0
+    }
+
+    /// [`Source::region`] in an address space. Version 0 has only one.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    fn region_in(&self, space: u32, addr: u64) -> io::Result<Option<Region>> {
+        match space {
+            0 => self.region(addr),
+            _ => Ok(None),
+        }
+    }
+
+    /// Lets go of what the port itself holds of the driver's memory, which nobody accesses any
+    /// more: the driver has reset the device, or the service ends.
+    fn release_memory(&self) {}
 }
 
 /// The requests (`ioctl`) that a [`DeviceFile`] makes: what a filter of system calls has to let
 /// through for a process that serves it.
-pub const DEVICE_REQUESTS: [u64; 8] = [
+pub const DEVICE_REQUESTS: [u64; 13] = [
     VDUSE_IOTLB_GET_FD,
+    VDUSE_IOTLB_GET_FD2,
+    VDUSE_IOTLB_GET_FD2_EARLY,
+    VDUSE_IOTLB_GET_INFO,
+    VDUSE_IOTLB_REG_UMEM,
+    VDUSE_IOTLB_DEREG_UMEM,
     VDUSE_DEV_GET_FEATURES,
     VDUSE_DEV_SET_CONFIG,
     VDUSE_DEV_INJECT_CONFIG_IRQ,
@@ -82,7 +117,13 @@ pub const DEVICE_REQUESTS: [u64; 8] = [
 #[derive(Debug)]
 pub struct DeviceFile {
     name: String,
+    /// Before the memory that the kernel may use until the file is closed.
     file: File,
+    /// Once it was asked for, which takes requests.
+    interface: OnceLock<Interface>,
+    /// The groups of the first queues.
+    groups: Vec<u16>,
+    bounce: Option<Bounce>,
 }
 
 impl DeviceFile {
@@ -102,7 +143,10 @@ impl DeviceFile {
         match options.open(&path) {
             Ok(file) => Ok(Self {
                 name: name.into(),
+                interface: OnceLock::new(),
                 file,
+                groups: Vec::new(),
+                bounce: None,
             }),
             Err(error) => Err(Error::Open { path, error }),
         }
@@ -119,7 +163,14 @@ impl DeviceFile {
         Ok(Self {
             name: name.into(),
             file: file.into(),
+            interface: OnceLock::new(),
+            groups: Vec::new(),
+            bounce: None,
         })
+    }
+
+    fn interface(&self) -> Interface {
+        *(self.interface).get_or_init(|| Interface::of(self.file.as_fd()))
     }
 
     /// Whether a device of this name was made.
@@ -139,6 +190,37 @@ impl DeviceFile {
         move |error| Error::Kernel { name, what, error }
     }
 
+    /// Says which group each queue is of, from the first on; those that are not named are of
+    /// group 0. To be said before [`set_up_queue`](Self::set_up_queue), and again by whoever takes
+    /// the device over.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`] where a group is not 0 and the device was made with API version 0.
+    pub fn group_queues(&mut self, groups: &[u16]) -> Result<(), Error> {
+        if self.version() < VDUSE_API_VERSION_1 && groups.iter().any(|&group| group != 0) {
+            return Err(Error::Config {
+                name: self.name.clone(),
+                what: "its queues cannot be grouped: it was made with API version 0",
+            });
+        }
+        self.groups = groups.to_vec();
+        Ok(())
+    }
+
+    /// Has the kernel's own drivers bounce their data through memory of this process
+    /// (`VDUSE_IOTLB_REG_UMEM`), from the next time on that it touches the bounce buffer until the
+    /// driver resets the device, and so for each driver. All of the memory is pinned meanwhile.
+    ///
+    /// What a driver has bounced already moves with the buffer, both ways. Where the kernel
+    /// refuses the memory, for one because its buffer has another size ([`set_bounce_size`]), it
+    /// keeps its own, which is logged. Drivers of a VMM (vhost_vdpa) have no bounce buffer.
+    ///
+    /// [`set_bounce_size`]: crate::set_bounce_size
+    pub fn own_bounce_buffer(&mut self, buffer: &BounceBuffer) {
+        self.bounce = Some(Bounce::new(&self.name, buffer));
+    }
+
     /// Sets the largest size of a queue; each needs one before the device can get on the bus.
     ///
     /// # Errors
@@ -148,6 +230,7 @@ impl DeviceFile {
         let request = VqConfig {
             index: index.into(),
             max_size,
+            group: self.group(index),
             ..VqConfig::default()
         };
         sys::pass(self.as_fd(), VDUSE_VQ_SETUP, &request).map_err(self.kernel("setting up a queue"))
@@ -186,23 +269,7 @@ impl AsFd for DeviceFile {
 
 impl Source for DeviceFile {
     fn region(&self, addr: u64) -> io::Result<Option<Region>> {
-        let mut entry = IotlbEntry {
-            start: addr,
-            last: addr,
-            ..IotlbEntry::default()
-        };
-        let file = match sys::receive_fd(self.as_fd(), &mut entry) {
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(None),
-            file => file?,
-        };
-        Ok(Some(Region {
-            first: entry.start,
-            last: entry.last,
-            read: entry.perm & VDUSE_ACCESS_RO != 0,
-            write: entry.perm & VDUSE_ACCESS_WO != 0,
-            file,
-            offset: entry.offset,
-        }))
+        self.region_in(0, addr)
     }
 }
 
@@ -252,5 +319,31 @@ impl Port for DeviceFile {
         sys::pass_bytes(self.as_fd(), VDUSE_DEV_SET_CONFIG, &request)?;
         // Where no driver is there to be told, it reads the space when it comes.
         self.is_driven().map(drop)
+    }
+
+    fn version(&self) -> u64 {
+        self.interface().version()
+    }
+
+    fn group(&self, queue: u16) -> u32 {
+        let group = self.groups.get(usize::from(queue));
+        group.copied().unwrap_or_default().into()
+    }
+
+    fn region_in(&self, space: u32, addr: u64) -> io::Result<Option<Region>> {
+        let bounced = match (&self.bounce, space) {
+            (Some(bounce), 0) => bounce.region(self.as_fd(), addr)?,
+            _ => None,
+        };
+        match bounced {
+            Some(region) => Ok(Some(region)),
+            None => self.interface().region(self.as_fd(), space, addr),
+        }
+    }
+
+    fn release_memory(&self) {
+        if let Some(bounce) = &self.bounce {
+            bounce.release(self.as_fd());
+        }
     }
 }

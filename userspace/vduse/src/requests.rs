@@ -1,8 +1,10 @@
 //! The thread that answers the kernel's requests: see `service` for what it may do.
 
+use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd as _;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ioregion_abi::vduse::MESSAGE_BYTES;
@@ -18,14 +20,22 @@ use crate::log::{Log, Session};
 use crate::message::{Answer, Request, decode, encode};
 use crate::port::Port;
 use crate::service::ServiceOptions;
-use crate::worker::{Shared, Worker};
+use crate::shared::{STOPPED, SUSPENDED, Shared};
+use crate::worker::Worker;
 
 /// How long the kernel may take to note that a driver is ready, once it has the answer.
 const NOTING: Duration = Duration::from_secs(5);
 
-impl<P: Port> Source for Arc<P> {
+/// An address space of a device.
+#[derive(Debug)]
+pub(crate) struct Space<P> {
+    port: Arc<P>,
+    number: u32,
+}
+
+impl<P: Port> Source for Space<P> {
     fn region(&self, addr: u64) -> io::Result<Option<Region>> {
-        P::region(self, addr)
+        self.port.region_in(self.number, addr)
     }
 }
 
@@ -33,7 +43,8 @@ impl<P: Port> Source for Arc<P> {
 pub(crate) struct Requests<P: Port> {
     pub(crate) name: String,
     pub(crate) port: Arc<P>,
-    pub(crate) iotlb: Arc<Iotlb<Arc<P>>>,
+    /// By address space: those that queues have used.
+    pub(crate) spaces: BTreeMap<u32, Arc<Iotlb<Space<P>>>>,
     pub(crate) device: Arc<dyn Device>,
     pub(crate) offer: Offer,
     pub(crate) options: ServiceOptions,
@@ -44,8 +55,14 @@ pub(crate) struct Requests<P: Port> {
     /// Threads that may not have ended, by driver; those of the last one come last.
     pub(crate) running: Vec<Arc<Running>>,
     pub(crate) log: Option<Arc<Log>>,
+    /// The address space of each queue.
+    pub(crate) space_of: Vec<u32>,
     /// The queues' threads wait for the kernel to get its answer.
     pub(crate) starting: bool,
+    /// All queues stand still until the driver resets the device.
+    pub(crate) suspended: bool,
+    /// The kernel says when a queue becomes ready.
+    pub(crate) told: bool,
 }
 
 impl<P: Port + 'static> Requests<P> {
@@ -74,10 +91,14 @@ impl<P: Port + 'static> Requests<P> {
 
     /// Goes on where another service died, if a driver uses the device.
     pub(crate) fn take_over(&mut self) -> Result<(), Error> {
-        if !self.is_driven()? {
+        self.space_of = (0..self.device.queues())
+            .map(|queue| self.log.as_ref().map_or(0, |log| log.space(queue)))
+            .collect();
+        let session = self.log.as_ref().map_or(Session::None, |log| log.session());
+        // Of a device that is suspended the kernel says that nobody uses it.
+        if !self.is_driven()? && session != Session::Suspended {
             return Ok(());
         }
-        let session = self.log.as_ref().map_or(Session::None, |log| log.session());
         if session == Session::None {
             return Err(Error::NoRecord(self.name.clone()));
         }
@@ -94,6 +115,7 @@ impl<P: Port + 'static> Requests<P> {
         }
         let device = &self.name;
         tracing::info!(device, "going on where another service died");
+        self.suspended = session == Session::Suspended;
         self.start_queues(features)
             .map_err(|error| self.failed("serving its queues", error))?;
         self.release();
@@ -138,9 +160,10 @@ impl<P: Port + 'static> Requests<P> {
             Ok(_) => return Err(self.failed("reading a request", io::Error::other("half a one"))),
             Err(error) => return Err(self.failed("reading a request", error.into())),
         }
-        let (id, request) = decode(&bytes, 0);
+        let (id, request) = decode(&bytes, self.port.version());
         let device = &self.name;
         tracing::trace!(device, id, ?request, "request");
+        let spaces = self.space_of.clone();
         let answer = match request {
             Ok(request) => self.handle(request),
             Err(error) => {
@@ -156,7 +179,15 @@ impl<P: Port + 'static> Requests<P> {
             Ok(MESSAGE_BYTES) => Ok(()),
             // Too late, or whoever asked was killed: if it matters, the device is now broken,
             // which the next look at it tells.
-            Err(Errno::ENOENT) => Ok(()),
+            Err(Errno::ENOENT) => {
+                match request {
+                    // These hold beyond the next reset, or nothing says when they end.
+                    Ok(Request::SetVqGroupAsid { .. }) => self.set_spaces(spaces),
+                    Ok(Request::Suspend) if answer == Answer::Done => self.resume(),
+                    _ => {}
+                }
+                Ok(())
+            }
             Ok(_) => Err(self.failed("answering", io::Error::other("half an answer was taken"))),
             Err(error) => Err(self.failed("answering", error.into())),
         }
@@ -172,21 +203,110 @@ impl<P: Port + 'static> Requests<P> {
 
     fn handle(&mut self, request: Request) -> Answer {
         match request {
-            Request::UpdateIotlb { first, last, .. } => {
-                let taken = self.iotlb.update(first, last, self.options.grace);
-                self.taken_back(taken)
+            Request::UpdateIotlb { first, last, asid } => {
+                let space = self.spaces.get(&asid);
+                let taken = space.map(|iotlb| iotlb.update(first, last, self.options.grace));
+                self.taken_back(taken.unwrap_or(Ok(())))
             }
             Request::SetStatus { status } => self.set_status(status),
             Request::GetVqState { queue } => match self.position(queue) {
                 Some(position) => Answer::State { queue, position },
                 None => Answer::Refused,
             },
-            // Of API version 1 and of features, neither of which was asked for.
-            Request::SetVqGroupAsid { .. } | Request::SetVqReady { .. } | Request::Suspend => {
-                tracing::warn!(device = self.name, ?request, "a request is refused");
-                Answer::Refused
+            Request::SetVqGroupAsid { group, asid } => self.move_group(group, asid),
+            Request::SetVqReady { queue, ready } => self.set_ready(queue, ready),
+            Request::Suspend => self.suspend(),
+        }
+    }
+
+    /// Moves the queues of a group to another address space, which no kernel asks for while a
+    /// driver is ready.
+    fn move_group(&mut self, group: u32, space: u32) -> Answer {
+        if !self.lock_queues().is_empty() {
+            tracing::warn!(device = self.name, group, "its queues are in use");
+            return Answer::Refused;
+        }
+        let of_group = |queue: u16| self.port.group(queue) == group;
+        let spaces = (0..).zip(&self.space_of);
+        let spaces = spaces.map(|(queue, &now)| if of_group(queue) { space } else { now });
+        self.set_spaces(spaces.collect());
+        Answer::Done
+    }
+
+    fn set_spaces(&mut self, spaces: Vec<u32>) {
+        if let Some(log) = &self.log {
+            for (queue, &space) in (0..).zip(&spaces) {
+                log.set_space(queue, space);
             }
         }
+        self.space_of = spaces;
+    }
+
+    /// Starts or stops a queue. One that is stopped has nothing in flight once this is answered.
+    fn set_ready(&mut self, queue: u32, ready: bool) -> Answer {
+        if queue >= self.device.queues().into() {
+            return Answer::Refused;
+        }
+        self.told = true;
+        let index = usize::try_from(queue).unwrap_or(usize::MAX);
+        // Before the driver is ready none has a thread.
+        let Some(shared) = self.lock_queues().get(index).cloned() else {
+            return Answer::Done;
+        };
+        if ready {
+            shared.make_due();
+            shared.resume(STOPPED);
+            return Answer::Done;
+        }
+        shared.hold(STOPPED);
+        if shared.rests(Instant::now() + self.options.grace) {
+            return Answer::Done;
+        }
+        let device = &self.name;
+        tracing::error!(
+            device,
+            queue,
+            "a queue does not stop: a request to a file goes on"
+        );
+        // The kernel takes that for the end of the device.
+        Answer::Refused
+    }
+
+    /// Has all queues stand still, with nothing in flight, until the driver resets the device.
+    fn suspend(&mut self) -> Answer {
+        let queues = self.lock_queues().clone();
+        queues.iter().for_each(|shared| shared.hold(SUSPENDED));
+        let until = Instant::now() + self.options.grace;
+        self.suspended = queues.iter().all(|shared| shared.rests(until));
+        if !self.suspended {
+            self.resume();
+            let device = &self.name;
+            tracing::warn!(device, "it is not suspended: a request to a file goes on");
+            return Answer::Refused;
+        }
+        if let Some(log) = &self.log
+            && !queues.is_empty()
+        {
+            log.suspend(true);
+        }
+        Answer::Done
+    }
+
+    /// Lets all queues go on: the device is not suspended.
+    fn resume(&mut self) {
+        self.suspended = false;
+        let queues = self.lock_queues().clone();
+        if let Some(log) = &self.log
+            && !queues.is_empty()
+        {
+            log.suspend(false);
+        }
+        queues.iter().for_each(|shared| shared.resume(SUSPENDED));
+    }
+
+    fn lock_queues(&self) -> MutexGuard<'_, Vec<Arc<Shared>>> {
+        // Nothing panics halfway through a change.
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Where a queue stands; nothing where there is none or the kernel does not say.
@@ -194,7 +314,7 @@ impl<P: Port + 'static> Requests<P> {
         if queue >= self.device.queues().into() {
             return None;
         }
-        let queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
+        let queues = self.lock_queues();
         let shared = queues.get(usize::try_from(queue).ok()?);
         let noted = shared.and_then(|shared| {
             *shared
@@ -202,8 +322,10 @@ impl<P: Port + 'static> Requests<P> {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
         });
-        if noted.is_some() {
-            return noted;
+        // Of whoever served it before.
+        let logged = || self.log.as_ref()?.position(u16::try_from(queue).ok()?);
+        if let Some(position) = noted.or_else(logged) {
+            return Some(position);
         }
         let packed = self.port.driver_features().ok()? & 1 << VIRTIO_F_RING_PACKED != 0;
         Some(Position::start(match packed {
@@ -273,7 +395,7 @@ impl<P: Port + 'static> Requests<P> {
 
     /// Lets the queues' threads begin: the kernel knows that the driver is ready.
     fn release(&self) {
-        let queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
+        let queues = self.lock_queues();
         queues.iter().for_each(|shared| shared.release());
     }
 
@@ -283,21 +405,25 @@ impl<P: Port + 'static> Requests<P> {
         let before = self.running.clone();
         let running = Arc::new(Running::default());
         self.running.push(Arc::clone(&running));
-        let session = self.iotlb.session();
         for index in 0..self.device.queues() {
             let shared = Arc::new(Shared::new()?);
-            self.port
-                .set_kick(index.into(), shared.control.eventfd().as_fd())?;
+            if self.suspended {
+                shared.hold(SUSPENDED);
+            }
+            let kick = shared.control.eventfd().as_fd();
+            self.port.set_kick(index.into(), kick)?;
             let worker = Worker {
                 name: self.name.clone(),
                 index,
                 features,
                 device: Arc::clone(&self.device),
                 port: Arc::clone(&self.port),
-                session: session.clone(),
+                session: self.space(index).session(),
                 shared: Arc::clone(&shared),
                 before: before.clone(),
                 log: self.log.clone(),
+                told: self.told,
+                info: Cell::default(),
             };
             let entered = running.enter();
             std::thread::Builder::new()
@@ -308,10 +434,20 @@ impl<P: Port + 'static> Requests<P> {
                     // the worker had.
                     drop(entered);
                 })?;
-            let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
-            queues.push(shared);
+            self.lock_queues().push(shared);
         }
         Ok(())
+    }
+
+    /// The address space of a queue.
+    fn space(&mut self, queue: u16) -> Arc<Iotlb<Space<P>>> {
+        let number = self.space_of.get(usize::from(queue)).copied();
+        let number = number.unwrap_or_default();
+        let iotlb = self.spaces.entry(number).or_insert_with(|| {
+            let port = Arc::clone(&self.port);
+            Arc::new(Iotlb::new(Space { port, number }))
+        });
+        Arc::clone(iotlb)
     }
 
     /// The answer where memory was taken back: refused while it is not free.
@@ -327,15 +463,18 @@ impl<P: Port + 'static> Requests<P> {
 
     /// Ends the queues' threads and takes the driver's memory away from them.
     pub(crate) fn quiesce(&mut self) -> Result<(), StillPinned> {
-        let queues = {
-            let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
-            std::mem::take(&mut *queues)
-        };
+        self.suspended = false;
+        let queues = std::mem::take(&mut *self.lock_queues());
         for shared in &queues {
             shared.control.end();
         }
         // They have been told: requests that are under way are cancelled.
-        let taken = self.iotlb.close(self.options.grace);
+        let mut taken = Ok(());
+        let until = Instant::now() + self.options.grace;
+        for iotlb in self.spaces.values() {
+            let left = until.saturating_duration_since(Instant::now());
+            taken = taken.and(iotlb.close(left));
+        }
         if let Some(running) = self.running.last()
             && !running.wait(self.options.grace)
         {
@@ -346,6 +485,8 @@ impl<P: Port + 'static> Requests<P> {
                 "a request to a file goes on after the driver's reset"
             );
         }
+        // Nobody is about to map it.
+        self.port.release_memory();
         taken
     }
 }

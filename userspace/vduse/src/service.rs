@@ -8,6 +8,15 @@
 //! Where the kernel may still access the driver's memory for such a file, the reset, or the
 //! request that took memory back, is refused: see [`crate::StillPinned`].
 //!
+//! # Standing still
+//!
+//! A driver can stop a queue (`VDUSE_F_QUEUE_READY`) or suspend the device (`VDUSE_F_SUSPEND`). The
+//! queue's thread then takes no request any more; once nothing is in flight the kernel gets its
+//! answer, and where the queue stands is noted, also in the log. What is not done in time is
+//! refused: a device that cannot be suspended goes on, one whose queue does not stop the kernel
+//! gives up. A queue that is started again goes on from where it stood, unless its driver has set
+//! it up anew; a device that is suspended waits for its reset.
+//!
 //! # Taking over
 //!
 //! A service that dies, in whatever way, leaves its device to the next one. Of the driver it asks
@@ -20,6 +29,7 @@
 //! The log says that a driver is ready before the kernel is told so, and nothing is served before
 //! that: so what the log says of queues is always of the driver that the kernel has.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
@@ -30,11 +40,10 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1};
 
 use crate::error::Error;
-use crate::iotlb::Iotlb;
 use crate::log::Log;
 use crate::port::Port;
 use crate::requests::Requests;
-use crate::worker::Shared;
+use crate::shared::Shared;
 
 /// Features without which nothing here works.
 const NEEDED: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_F_ACCESS_PLATFORM;
@@ -138,7 +147,7 @@ impl Service {
         let served = Arc::clone(&device);
         let mut requests = Requests {
             name: name.into(),
-            iotlb: Arc::new(Iotlb::new(Arc::clone(&port))),
+            spaces: BTreeMap::new(),
             port,
             offer: offer(&*device, &options),
             device,
@@ -148,7 +157,10 @@ impl Service {
             queues: Arc::clone(&queues),
             running: Vec::new(),
             log,
+            space_of: Vec::new(),
             starting: false,
+            suspended: false,
+            told: false,
         };
         if let Err(error) = requests.take_over() {
             let _ = requests.quiesce();

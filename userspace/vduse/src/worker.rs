@@ -1,51 +1,28 @@
 //! A thread that serves one queue.
 
+use std::cell::Cell;
 use std::convert::Infallible;
-use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ioregion_abi::vduse::VqInfo;
 use ioregion_devices::virtio::{
-    Broken, Control, Device, End, Format, Health, Layout, Memory, Position, Queue, Running, Setup,
-    Transport,
+    Broken, Device, End, Format, Health, Layout, Memory, Position, Queue, Running, Setup, Transport,
 };
 use nix::poll::PollTimeout;
 
 use crate::iotlb::Session;
 use crate::log::Log;
 use crate::port::Port;
+use crate::requests::Space;
+use crate::shared::Shared;
 
 /// How long an interrupt is tried while the kernel has not noted that the driver is ready: it
 /// does so after the answer to the request that made the queues run.
 const INTERRUPT_TRIES: Duration = Duration::from_secs(5);
 
-/// What the message thread and a worker share.
-#[derive(Debug)]
-pub(crate) struct Shared {
-    pub(crate) control: Control,
-    /// The worker may begin.
-    begin: AtomicBool,
-    /// Where the queue stood when nothing was in flight last.
-    pub(crate) position: Mutex<Option<Position>>,
-}
-
-impl Shared {
-    pub(crate) fn new() -> io::Result<Self> {
-        Ok(Self {
-            control: Control::new()?,
-            begin: AtomicBool::new(false),
-            position: Mutex::new(None),
-        })
-    }
-
-    /// Lets the worker begin.
-    pub(crate) fn release(&self) {
-        self.begin.store(true, Ordering::Release);
-        self.control.kick();
-    }
-}
+/// How long the kernel may take to note that a queue is ready, once it has the answer.
+const NOTING: Duration = Duration::from_secs(5);
 
 /// A thread's errand.
 pub(crate) struct Worker<P: Port> {
@@ -54,18 +31,33 @@ pub(crate) struct Worker<P: Port> {
     pub(crate) features: u64,
     pub(crate) device: Arc<dyn Device>,
     pub(crate) port: Arc<P>,
-    pub(crate) session: Session<Arc<P>>,
+    pub(crate) session: Session<Space<P>>,
     pub(crate) shared: Arc<Shared>,
     /// Threads of drivers before this one: what they still write must not come after what this
     /// one writes.
     pub(crate) before: Vec<Arc<Running>>,
     pub(crate) log: Option<Arc<Log>>,
+    /// The kernel tells when the queue becomes ready: nobody needs to look.
+    pub(crate) told: bool,
+    /// What the driver had set up when the queue was taken up last.
+    pub(crate) info: Cell<VqInfo>,
+}
+
+/// A worker that does nothing any more, once this goes.
+struct Rested<'a>(&'a Shared);
+
+impl Drop for Rested<'_> {
+    fn drop(&mut self) {
+        self.0.leave();
+    }
 }
 
 impl<P: Port> Worker<P> {
     /// Serves the queue until it is stopped or breaks. Nothing of the worker is left then.
     pub(crate) fn run(self) {
         let Err(end) = self.serve();
+        // Nobody waits for it in vain.
+        let _rested = Rested(&self.shared);
         // Where the driver broke the queue it cannot be told: VDUSE has no way to set
         // DEVICE_NEEDS_RESET.
         self.shared.control.note_end(&self.name, self.index, end);
@@ -78,37 +70,44 @@ impl<P: Port> Worker<P> {
                 control.check_stopped()?;
             }
         }
-        while !self.shared.begin.load(Ordering::Acquire) {
+        while !self.shared.may_begin() {
             control.check_stopped()?;
             control.wait(None, PollTimeout::NONE)?;
         }
-        let info = self.wait_for_queue()?;
-        let (setup, position) = self.setup(&info);
+        self.info.set(self.wait_for_queue()?);
         let mut lane = Arc::clone(&self.device).lane(self.index, self.features)?;
-        let (mut queue, resumed) = self.take_up(&setup, position)?;
-        self.note_position(queue.position());
-        control.set_health(Health::Running);
-        if resumed {
-            // Whoever served it before may not have done so.
-            self.interrupt()?;
+        self.shared.enter();
+        let (mut queue, resumed) = self.take_up()?;
+        // One that has to stand still gets there in the loop, and is interrupted after that.
+        if !self.shared.is_held() {
+            control.set_health(Health::Running);
+            if resumed {
+                // Whoever served it before may not have done so.
+                self.interrupt()?;
+            }
         }
         control.serve(self, &mut queue, &mut *lane)
     }
 
     /// The queue as the driver set it up, or as whoever served it before left it, which is told.
-    fn take_up(&self, setup: &Setup, at: Position) -> Result<(Queue, bool), Broken> {
+    fn take_up(&self) -> Result<(Queue, bool), Broken> {
+        let (setup, at) = self.setup(&self.info.get());
         let log = self.log.as_ref().and_then(|log| log.queue(self.index));
-        let Some(log) = log else {
-            return Ok((Queue::new(&self.session, setup, at)?, false));
+        let (queue, resumed) = match log {
+            None => (Queue::new(&self.session, &setup, at)?, false),
+            Some(log) if !log.is_active()? => {
+                (Queue::begin(&self.session, &setup, at, log)?, false)
+            }
+            Some(log) => {
+                let queue = Queue::resume(&self.session, &setup, log)?;
+                let (device, queue_index) = (&self.name, self.index);
+                let in_flight = queue.in_flight();
+                tracing::info!(device, queue = queue_index, in_flight, "taken over");
+                (queue, true)
+            }
         };
-        if !log.is_active()? {
-            return Ok((Queue::begin(&self.session, setup, at, log)?, false));
-        }
-        let queue = Queue::resume(&self.session, setup, log)?;
-        let (device, queue_index) = (&self.name, self.index);
-        let in_flight = queue.in_flight();
-        tracing::info!(device, queue = queue_index, in_flight, "taken over");
-        Ok((queue, true))
+        self.note_position(queue.position());
+        Ok((queue, resumed))
     }
 
     fn note_position(&self, at: Position) {
@@ -120,15 +119,23 @@ impl<P: Port> Worker<P> {
     /// Waits until the driver has set the queue up, which may be after it is ready, or never.
     fn wait_for_queue(&self) -> Result<VqInfo, End> {
         let mut pause: u16 = 1;
+        let mut soon = None;
         loop {
             self.shared.control.check_stopped()?;
             let info = self.port.queue(self.index.into())?;
             if info.ready != 0 {
                 return Ok(info);
             }
-            // The kernel says nothing when it happens. Soon after the driver is ready it is
-            // likely, later less and less.
-            let limit = PollTimeout::from(pause);
+            if self.shared.is_due() {
+                (pause, soon) = (1, Some(Instant::now() + NOTING));
+            }
+            // Where the kernel says when it happens it has yet to note it. Otherwise, soon after
+            // the driver is ready it is likely, later less and less.
+            let is_soon = soon.is_some_and(|soon| Instant::now() < soon);
+            let limit = match self.told && !is_soon {
+                true => PollTimeout::NONE,
+                false => PollTimeout::from(pause),
+            };
             self.shared.control.wait(None, limit)?;
             pause = (pause + pause.div_ceil(16)).min(1000);
         }
@@ -186,6 +193,44 @@ impl<P: Port> Transport for Worker<P> {
         if queue.in_flight() == 0 {
             self.note_position(queue.position());
         }
+    }
+
+    fn is_held(&self) -> bool {
+        self.shared.is_held()
+    }
+
+    /// Stands still until the queue may be served again, from where it stood unless the driver has
+    /// set it up anew.
+    fn rest(&self, queue: &mut Queue) -> Result<(), End> {
+        let control = &self.shared.control;
+        self.note_position(queue.position());
+        if let Some(log) = &self.log {
+            log.set_position(self.index, Some(queue.position()));
+        }
+        control.set_health(Health::Waiting);
+        self.shared.leave();
+        let again = loop {
+            let again = self.wait_for_queue()?;
+            if self.shared.enter_unless_held() {
+                break again;
+            }
+            control.wait(None, PollTimeout::NONE)?;
+        };
+        let of = |info: &VqInfo| (info.num, info.desc_addr, info.driver_addr, info.device_addr);
+        let before = self.info.replace(again);
+        let is_same = (of(&again), again.state) == (of(&before), before.state);
+        if let Some(log) = &self.log {
+            match is_same {
+                true => log.set_position(self.index, None),
+                false => log.clear_queue(self.index),
+            }
+        }
+        if !is_same {
+            (*queue, _) = self.take_up()?;
+        }
+        control.set_health(Health::Running);
+        // The kernel drops interrupts that it has not delivered when a queue stops.
+        self.interrupt()
     }
 
     fn settled(&self) {

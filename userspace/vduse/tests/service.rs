@@ -24,6 +24,9 @@ use support::{BYTES, DATA, Driver, Flat, OnFile, driver, put, setup};
 const GET_VQ_STATE: u32 = 0;
 const SET_STATUS: u32 = 1;
 const UPDATE_IOTLB: u32 = 2;
+const SET_VQ_GROUP_ASID: u32 = 3;
+const SET_VQ_READY: u32 = 4;
+const SUSPEND: u32 = 5;
 const SIZE: u16 = 8;
 /// `VIRTIO_F_VERSION_1` and `VIRTIO_F_ACCESS_PLATFORM`.
 const NEEDED: u64 = 1 << 32 | 1 << 33;
@@ -360,9 +363,9 @@ fn requests_that_make_no_sense_are_refused_and_nothing_else_happens() {
         (SET_STATUS, vec![0x40]),
         (SET_STATUS, vec![11]),
         (UPDATE_IOTLB, [[1; 8], [0; 8]].concat()),
-        (3, vec![]),
-        (4, vec![0, 0, 0, 0, 1]),
-        (5, vec![]),
+        // While a driver is ready.
+        (SET_VQ_GROUP_ASID, vec![]),
+        (SET_VQ_READY, vec![1, 0, 0, 0, 1]),
         (6, vec![]),
         (u32::MAX, vec![0xff; 128]),
     ] {
@@ -370,6 +373,37 @@ fn requests_that_make_no_sense_are_refused_and_nothing_else_happens() {
     }
     rig.add(1);
     rig.collect(1);
+}
+
+#[test]
+fn queue_that_is_stopped_or_suspended_is_left_alone() {
+    let mut rig = Rig::new(Format::Split, Echo::default());
+    let (stop, go) = ([0; 8], [0, 0, 0, 0, 1, 0, 0, 0]);
+    for round in 0..3 {
+        rig.start();
+        for times in 0..5 {
+            rig.add(1);
+            rig.collect(1);
+            assert_eq!(rig.ask(SET_VQ_READY, &stop).0, 0);
+            assert_eq!(rig.service.health(), [Health::Waiting]);
+            rig.add(2);
+            assert!(rig.interrupts.recv_timeout(GRACE).is_err());
+            let (_, state) = rig.ask(GET_VQ_STATE, &[0; 4]);
+            assert_eq!(state[4..6], [2 * times + 1, 0]);
+            assert_eq!(rig.ask(SET_VQ_READY, &go).0, 0);
+            rig.collect(1);
+        }
+        assert_eq!(rig.ask(SUSPEND, &[]).0, 0);
+        rig.add(3);
+        assert_eq!(rig.ask(SET_VQ_READY, &go).0, 0);
+        // Whatever interrupt was owed; no request comes back.
+        std::thread::sleep(GRACE);
+        let memory = OnFile(&rig.kernel.memory);
+        assert!(rig.driver.collect(&memory).is_empty(), "round {round}");
+        while rig.interrupts.try_recv().is_ok() {}
+        let (_, state) = rig.ask(GET_VQ_STATE, &[0; 4]);
+        assert_eq!(state[4..6], [10, 0]);
+    }
 }
 
 #[test]

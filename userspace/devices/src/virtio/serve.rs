@@ -21,7 +21,7 @@ use crate::memory::{Memory, MemoryError};
 pub enum Health {
     /// No driver is ready.
     Idle,
-    /// A driver is ready, but has not set up this queue.
+    /// A driver is ready, but has not set up this queue, or has it stand still.
     Waiting,
     /// It is served.
     Running,
@@ -76,6 +76,23 @@ pub trait Transport {
 
     /// All that was there to do is done.
     fn settled(&self) {}
+
+    /// Whether the queue has to stand still: no request is taken from it any more. Whoever begins
+    /// or ends that, [kicks](Control::kick).
+    fn is_held(&self) -> bool {
+        false
+    }
+
+    /// Nothing is in flight of a queue that has to stand still: waits until it may go on. By then
+    /// the driver may have set up another one in its place.
+    ///
+    /// # Errors
+    ///
+    /// Why the queue is no longer served.
+    fn rest(&self, queue: &mut Queue) -> Result<(), End> {
+        let _ = queue;
+        Ok(())
+    }
 }
 
 /// What a queue's thread shares with whoever runs it.
@@ -193,8 +210,13 @@ impl Control {
         loop {
             queue.disable_kicks(memory)?;
             while self.turn(transport, queue, lane)? {}
+            let is_held = transport.is_held();
+            if is_held && queue.in_flight() == 0 {
+                transport.rest(queue)?;
+                continue;
+            }
             // Of requests that the lane has no use for nobody needs to tell.
-            if !(lane.wants() && queue.enable_kicks(memory)?) {
+            if is_held || !(lane.wants() && queue.enable_kicks(memory)?) {
                 self.wait(lane.event(), PollTimeout::NONE)?;
             }
             self.check_stopped()?;
@@ -211,6 +233,7 @@ impl Control {
         let memory = transport.memory();
         let mut progress = false;
         while lane.wants()
+            && !transport.is_held()
             && let Some(chain) = queue.pop(memory)?
         {
             progress = true;

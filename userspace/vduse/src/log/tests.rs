@@ -240,3 +240,29 @@ fn file_that_is_cut_short_is_noticed_without_a_crash() {
     log.check();
     assert!(log.said.load(Ordering::Relaxed));
 }
+
+#[test]
+fn standing_queues_and_spaces_outlive_the_service_and_spaces_the_driver() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log");
+    let at = Position::Split { avail: 7 };
+    let log = open(&path, &logged(1)).unwrap();
+    assert_eq!((log.position(1), log.space(1)), (None, 0));
+    log.set_space(1, 3);
+    log.begin_session();
+    log.set_position(1, Some(at));
+    log.suspend(true);
+    drop(log);
+    let log = open(&path, &logged(1)).unwrap();
+    assert_eq!(log.session(), Session::Suspended);
+    assert_eq!((log.position(0), log.position(1)), (None, Some(at)));
+    assert_eq!((log.space(0), log.space(1)), (0, 3));
+    // Queues that the device does not have.
+    log.set_position(2, Some(at));
+    assert_eq!((log.position(2), log.space(2)), (None, 0));
+    log.end_session();
+    assert_eq!((log.position(1), log.space(1)), (None, 3));
+    // Another device begins anew.
+    drop(log);
+    assert_eq!(open(&path, &logged(2)).unwrap().space(1), 0);
+}

@@ -4,9 +4,12 @@ use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 
 use ioregion_abi::vduse::{
-    ConfigData, DevConfig, IotlbEntry, VDUSE_CREATE_DEV, VDUSE_DESTROY_DEV, VDUSE_DEV_SET_CONFIG,
-    VDUSE_IOTLB_GET_FD, VDUSE_NAME_MAX, VqConfig, VqEventfd, VqInfo,
+    ConfigData, DevConfig, IotlbEntry, IotlbEntryV2, IotlbEntryV2Early, IovaInfo, IovaUmem,
+    VDUSE_CREATE_DEV, VDUSE_DESTROY_DEV, VDUSE_DEV_SET_CONFIG, VDUSE_IOTLB_DEREG_UMEM,
+    VDUSE_IOTLB_REG_UMEM, VDUSE_NAME_MAX, VqConfig, VqEventfd, VqInfo,
 };
+
+use super::Mapping;
 
 /// Arguments that are nothing but integers, in the kernel's layout.
 ///
@@ -25,6 +28,14 @@ unsafe impl Argument for VqConfig {}
 unsafe impl Argument for VqInfo {}
 // SAFETY: Integers only; the descriptor in it is checked by the kernel.
 unsafe impl Argument for VqEventfd {}
+// SAFETY: Integers only.
+unsafe impl Argument for IovaInfo {}
+// SAFETY: Integers only.
+unsafe impl Argument for IotlbEntry {}
+// SAFETY: Integers only.
+unsafe impl Argument for IotlbEntryV2 {}
+// SAFETY: Integers only.
+unsafe impl Argument for IotlbEntryV2Early {}
 
 fn check(returned: libc::c_int) -> io::Result<libc::c_int> {
     match returned {
@@ -86,16 +97,49 @@ pub(crate) fn pass_bytes(fd: BorrowedFd<'_>, request: u64, bytes: &[u8]) -> io::
     Ok(())
 }
 
-/// The file of the region at the addresses in `entry`, which it fills in.
-pub(crate) fn receive_fd(fd: BorrowedFd<'_>, entry: &mut IotlbEntry) -> io::Result<OwnedFd> {
-    // SAFETY: The number belongs to this struct, which is integers.
+/// A request that fills in its argument, an entry of the IOTLB, and makes a descriptor of the
+/// region's file.
+pub(crate) fn receive_fd<T: Argument>(
+    fd: BorrowedFd<'_>,
+    request: u64,
+    entry: &mut T,
+) -> io::Result<OwnedFd> {
+    assert_eq!(argument_bytes(request), size_of::<T>());
+    // SAFETY: The number says how many bytes the kernel touches: those of `entry`, which is
+    // integers (`Argument`).
     let received = check(unsafe {
-        libc::ioctl(
-            fd.as_raw_fd(),
-            VDUSE_IOTLB_GET_FD,
-            std::ptr::from_mut(entry),
-        )
+        let entry = std::ptr::from_mut(entry);
+        libc::ioctl(fd.as_raw_fd(), request, entry)
     })?;
     // SAFETY: The kernel has just made it, and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(received) })
+}
+
+/// Has the kernel bounce through a mapping that begins at a page. The kernel pins the pages: they
+/// stay until [`deregister`] or until the device's file is closed, also where the mapping goes.
+pub(crate) fn register(fd: BorrowedFd<'_>, memory: &Mapping, size: u64) -> io::Result<()> {
+    let len = usize::try_from(size).map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
+    let umem = IovaUmem {
+        uaddr: memory.address(0, len).expose_provenance() as u64,
+        size,
+        ..IovaUmem::default()
+    };
+    umem_request(fd, VDUSE_IOTLB_REG_UMEM, &umem)
+}
+
+/// Ends what [`register`] began.
+pub(crate) fn deregister(fd: BorrowedFd<'_>, size: u64) -> io::Result<()> {
+    let umem = IovaUmem {
+        size,
+        ..IovaUmem::default()
+    };
+    umem_request(fd, VDUSE_IOTLB_DEREG_UMEM, &umem)
+}
+
+fn umem_request(fd: BorrowedFd<'_>, request: u64, umem: &IovaUmem) -> io::Result<()> {
+    assert_eq!(argument_bytes(request), size_of::<IovaUmem>());
+    // SAFETY: The kernel reads the struct. What it does to the memory at the address, which is a
+    // shared mapping's, others may do at any time: that is accessed by volatile copies only.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), request, std::ptr::from_ref(umem)) })?;
+    Ok(())
 }

@@ -4,5 +4,5 @@ mod guard;
 mod ioctl;
 mod mapping;
 
-pub(crate) use ioctl::{number, pass, pass_bytes, receive_fd, update};
+pub(crate) use ioctl::{deregister, number, pass, pass_bytes, receive_fd, register, update};
 pub(crate) use mapping::Mapping;
