@@ -232,6 +232,20 @@ const TIERS: &[Tier] = &[
         ..ROW
     },
     Tier {
+        name: "vm-next",
+        what: "VDUSE devices on a newer kernel, which has more of the interface",
+        full: true,
+        counts: true,
+        ebpf: true,
+        needs: |host| vm_with(host, KernelChoice::Next),
+        commands: |_| {
+            let next = "cargo xtask vm --kernel next --timeout 14400 --job-timeout 3600";
+            let tests = VDUSE_TESTS.iter().flat_map(|test| ["--test", test]);
+            Ok(vec![Cmd::line(next).args(tests)])
+        },
+        ..ROW
+    },
+    Tier {
         name: "bench-smoke",
         what: "every scenario of the benchmark measures",
         ebpf: true,
@@ -242,6 +256,18 @@ const TIERS: &[Tier] = &[
         },
         ..ROW
     },
+];
+
+/// Test programs of VDUSE with a kernel's own drivers.
+const VDUSE_TESTS: [&str; 8] = [
+    "vduse_blk",
+    "vduse_crash",
+    "vduse_example",
+    "vduse_net",
+    "vduse_net_vhost",
+    "vduse_next",
+    "vduse_umem",
+    "vduse_vhost",
 ];
 
 impl Host<'_> {

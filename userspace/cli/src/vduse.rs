@@ -18,8 +18,8 @@ use ioregion_devices::blk::{Blk, BlkError, ImageError, Options};
 use ioregion_devices::virtio::Device;
 use ioregion_sandbox::{Calls, Confinement, User};
 use ioregion_vduse::{
-    DEVICE_REQUESTS, DeviceConfig, DeviceFile, Error, Log, Logged, Service, ServiceOptions,
-    check_name, offered,
+    BounceBuffer, DEVICE_REQUESTS, DeviceConfig, DeviceFile, Error, Log, Logged, Service,
+    ServiceOptions, check_name, offered,
 };
 use keeper::{Errand, Handed, Keeper};
 use nix::errno::Errno;
@@ -115,6 +115,10 @@ pub(crate) struct BlkArgs {
     /// Offer queues in the packed format, too
     #[arg(long)]
     packed: bool,
+    /// Have this machine's driver copy its data through memory of the service, so many MiB of it,
+    /// not through the kernel's: pinned while a driver uses the device
+    #[arg(long, value_name = "MIB", num_args = 0..=1, default_missing_value = "64", value_parser = clap::value_parser!(u64).range(1..=1024))]
+    umem: Option<u64>,
     /// Where to keep what is in flight, for the next service [default:
     /// /run/ioregion/vduse-NAME.log]
     #[arg(long, value_name = "FILE")]
@@ -140,7 +144,11 @@ pub(crate) fn run(command: &Command) -> Result<()> {
 fn blk(args: &BlkArgs) -> Result<()> {
     let log = args.log.clone();
     let log = log.unwrap_or_else(|| Log::path_for(&args.name));
-    let started = Started::new(&args.name, Some(log), &args.user)?;
+    let umem = args.umem.map(|mib| mib << 20);
+    let started = Started::new(&args.name, Some(log), &args.user, umem)?;
+    // Before the rights to it are gone.
+    let umem = umem.map(|size| BounceBuffer::new(&args.name, size));
+    let umem = umem.transpose()?;
     let options = Options {
         read_only: args.read_only,
         queues: args.queues,
@@ -164,6 +172,7 @@ fn blk(args: &BlkArgs) -> Result<()> {
         device: Arc::clone(&disk) as _,
         queue_size: args.queue_size,
         options,
+        umem,
         refresh: &refresh,
     };
     served.run(started, calls)
@@ -195,7 +204,8 @@ struct Started {
 
 impl Started {
     /// `log`: where requests in flight are on record. Without a record a device is not taken over.
-    fn new(name: &str, log: Option<PathBuf>, user: &UserArgs) -> Result<Self> {
+    /// `bounce`: the size that the device's bounce buffer is to have, in bytes.
+    fn new(name: &str, log: Option<PathBuf>, user: &UserArgs, bounce: Option<u64>) -> Result<Self> {
         check_name(name)?;
         let user = user.find()?;
         // Other threads would get the signals otherwise, and the keeper, which ends with us.
@@ -204,6 +214,7 @@ impl Started {
             name: name.into(),
             log: log.clone(),
             user,
+            bounce,
         })?;
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC);
         Ok(Self {
@@ -221,6 +232,8 @@ struct Served<'a> {
     device: Arc<dyn Device>,
     queue_size: u16,
     options: ServiceOptions,
+    /// Memory of this process for the bounce buffer; none where it stays in the kernel.
+    umem: Option<BounceBuffer>,
     /// Looks whether the configuration has changed.
     refresh: &'a dyn Fn() -> Result<bool>,
 }
@@ -249,7 +262,7 @@ impl Served<'_> {
         let calls = calls.receiving().requests(&DEVICE_REQUESTS);
         let confinement = Confinement::new(calls)
             .isolated()
-            .locked_memory(LOCKED_MEMORY);
+            .locked_memory(LOCKED_MEMORY + self.umem.as_ref().map_or(0, BounceBuffer::size));
         let confinement = match user {
             Some(user) => confinement.user(user),
             None => confinement,
@@ -328,11 +341,14 @@ impl Served<'_> {
     fn start(&self, state: &mut State, handed: Handed, features: u64) -> Result<Service> {
         let (name, device) = (self.name, &self.device);
         let Handed {
-            file,
+            mut file,
             identity,
             is_new,
             on_bus,
         } = handed;
+        if let Some(buffer) = &self.umem {
+            file.own_bounce_buffer(buffer);
+        }
         if !is_new {
             file.check_queues(device.queues())?;
         }

@@ -82,6 +82,19 @@ fn privileges_are_read_from_the_effective_capabilities() {
 }
 
 #[test]
+fn every_vduse_test_runs_on_the_newer_kernel() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../userspace/cli/tests");
+    let entries = std::fs::read_dir(folder).unwrap();
+    let mut names: Vec<String> = entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter_map(|name| Some(name.strip_suffix(".rs")?.to_owned()))
+        .filter(|name| name.starts_with("vduse_"))
+        .collect();
+    names.sort();
+    assert_eq!(names, VDUSE_TESTS);
+}
+
+#[test]
 fn tier_names_are_unique() {
     let mut names: Vec<&str> = TIERS.iter().map(|tier| tier.name).collect();
     names.sort_unstable();

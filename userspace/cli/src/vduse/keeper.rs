@@ -25,7 +25,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use ioregion_sandbox::{Calls, Child, Confinement, FileAccess, User, receive, send};
 use ioregion_vduse::{
-    CONTROL_REQUESTS, Control, DeviceConfig, DeviceFile, Error, Identity, Log, vdpa,
+    CONTROL_REQUESTS, Control, DeviceConfig, DeviceFile, Error, Identity, Log, SETTINGS,
+    set_bounce_size, vdpa,
 };
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
@@ -52,6 +53,8 @@ pub(super) struct Errand {
     pub(super) log: Option<PathBuf>,
     /// Whose the device's file is to be.
     pub(super) user: Option<User>,
+    /// The size that the device's bounce buffer is to have, in bytes; otherwise the kernel's.
+    pub(super) bounce: Option<u64>,
 }
 
 /// A device that the service can serve.
@@ -197,7 +200,7 @@ impl Kept {
         // For whoever lists processes; nothing depends on it.
         let _ = prctl::set_name(c"ioregion-keeper");
         let mut kept = Self {
-            control: Control::open()?,
+            control: Control::newest()?,
             boot: Identity::boot_now()?,
             found: None,
             folder: None,
@@ -212,6 +215,9 @@ impl Kept {
             .file(Path::new("/dev/vduse"), FileAccess::Device);
         if let Some(user) = kept.errand.user {
             confinement = confinement.gives_to(user);
+        }
+        if kept.errand.bounce.is_some() {
+            confinement = confinement.file(Path::new(SETTINGS), FileAccess::ReadWrite);
         }
         if let Some(log) = &kept.errand.log {
             Log::make_folder(log)?;
@@ -298,6 +304,9 @@ impl Kept {
             is_new,
             on_bus: vdpa::is_attached(name),
         };
+        if let Some(size) = self.errand.bounce {
+            set_bounce_size(name, size)?;
+        }
         if let Some(file) = self.found.take() {
             return Ok((found, file));
         }

@@ -53,7 +53,7 @@ fn net_queue_size(text: &str) -> Result<u16, String> {
 pub(super) fn run(args: &NetArgs) -> Result<()> {
     // A record knows of one buffer at a time, and a packet can lie in several.
     let log = None;
-    let started = Started::new(&args.name, log, &args.user)?;
+    let started = Started::new(&args.name, log, &args.user, None)?;
     let options = Options {
         mac: args.mac,
         offloads: !args.without.contains(&Offer::Offloads),
@@ -71,6 +71,7 @@ pub(super) fn run(args: &NetArgs) -> Result<()> {
         device: Arc::clone(&net) as _,
         queue_size: args.queue_size,
         options,
+        umem: None,
         refresh: &refresh,
     };
     let served = served.run(started, Calls::service().requests(&TAP_REQUESTS));
