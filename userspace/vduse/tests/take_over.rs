@@ -21,7 +21,9 @@ use ioregion_vduse::{
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use support::{BYTES, DATA, Driver, Flat, OnFile, driver, put, setup};
 
+const GET_VQ_STATE: u32 = 0;
 const SET_STATUS: u32 = 1;
+const SUSPEND: u32 = 5;
 const SIZE: u16 = 8;
 /// `VIRTIO_F_VERSION_1`, `VIRTIO_F_ACCESS_PLATFORM`, `VIRTIO_F_INDIRECT_DESC`.
 const NEEDED: u64 = 1 << 32 | 1 << 33 | 1 << 28;
@@ -245,17 +247,33 @@ impl Rig {
     }
 
     fn send(&self, bits: u8) {
+        self.request(SET_STATUS, bits);
+    }
+
+    fn request(&self, kind: u32, first: u8) {
         let mut bytes = [0; MESSAGE_BYTES];
-        bytes[..4].copy_from_slice(&SET_STATUS.to_ne_bytes());
-        bytes[24] = bits;
+        bytes[..4].copy_from_slice(&kind.to_ne_bytes());
+        bytes[24] = first;
         nix::unistd::write(&self.socket, &bytes).unwrap();
     }
 
-    fn answered(&self) -> bool {
+    fn answer(&self) -> [u8; MESSAGE_BYTES] {
         let mut answer = [0; MESSAGE_BYTES];
         let read = nix::unistd::read(&self.socket, &mut answer);
         assert_eq!(read, Ok(MESSAGE_BYTES));
-        answer[4..8] == [0; 4]
+        answer
+    }
+
+    fn answered(&self) -> bool {
+        self.answer()[4..8] == [0; 4]
+    }
+
+    /// Where the queue stands.
+    fn position(&self) -> Vec<u8> {
+        self.request(GET_VQ_STATE, 0);
+        let answer = self.answer();
+        assert_eq!(answer[4..8], [0; 4]);
+        answer[28..36].to_vec()
     }
 
     fn status(&self, bits: u8) {
@@ -442,4 +460,41 @@ fn log_that_does_not_fit_the_queue_breaks_it_until_the_next_reset() {
     rig.add(2);
     rig.expect([2]);
     rig.collect(2..3);
+}
+
+#[test]
+fn suspended_device_is_left_alone_by_the_next_service_too() {
+    for format in [Format::Split, Format::Packed] {
+        let mut rig = Rig::new(format);
+        let mut service = rig.start(false);
+        for _ in 0..2 {
+            let zeroes = vec![0; BYTES];
+            rig.kernel.memory.write_all_at(&zeroes, 0).unwrap();
+            rig.driver = driver(&rig.kernel.setup);
+            rig.drive();
+            (0..3).for_each(|byte| rig.add(byte));
+            rig.expect(0..3);
+            rig.collect(0..3);
+            rig.request(SUSPEND, 0);
+            assert!(rig.answered());
+            // The kernel takes no interrupt any more.
+            rig.kernel.driven.store(false, Ordering::SeqCst);
+            let position = rig.position();
+            let expected = match format {
+                Format::Split => [3, 0, 0, 0, 0, 0, 0, 0],
+                Format::Packed => [1, 0, 3, 0, 1, 0, 3, 0],
+            };
+            assert_eq!(position, expected);
+            rig.add(3);
+            for _ in 0..2 {
+                service.stop().unwrap();
+                service = rig.start(false);
+                assert_eq!(rig.position(), position);
+                let while_ = Duration::from_millis(300);
+                assert!(rig.got.recv_timeout(while_).is_err());
+                assert_eq!(rig.position(), position);
+            }
+        }
+        service.stop().unwrap();
+    }
 }
