@@ -259,10 +259,11 @@ const TIERS: &[Tier] = &[
 ];
 
 /// Test programs of VDUSE with a kernel's own drivers.
-const VDUSE_TESTS: [&str; 8] = [
+const VDUSE_TESTS: [&str; 9] = [
     "vduse_blk",
     "vduse_crash",
     "vduse_example",
+    "vduse_fio",
     "vduse_net",
     "vduse_net_vhost",
     "vduse_next",
