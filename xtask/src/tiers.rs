@@ -259,8 +259,9 @@ const TIERS: &[Tier] = &[
 ];
 
 /// Test programs of VDUSE with a kernel's own drivers.
-const VDUSE_TESTS: [&str; 9] = [
+const VDUSE_TESTS: [&str; 10] = [
     "vduse_blk",
+    "vduse_confined",
     "vduse_crash",
     "vduse_example",
     "vduse_fio",
