@@ -332,13 +332,13 @@ impl Game {
             nsid => u32::from(nsid % 3),
         };
         let mut dwords = wish.dwords;
-        if queue > 0 && dwords[3] % 4 != 0 {
+        if queue > 0 && !dwords[3].is_multiple_of(4) {
             // Blocks that there are, or nearly.
             dwords[0] %= 66;
             dwords[1] &= 4;
             dwords[2] &= 0xc000_003f;
         }
-        if queue == 0 && dwords[3] % 4 != 0 {
+        if queue == 0 && !dwords[3].is_multiple_of(4) {
             dwords[0] &= 0x8007_831f;
             dwords[1] &= 0x0003_0003;
         }

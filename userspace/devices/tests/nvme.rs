@@ -1,9 +1,10 @@
 //! The NVMe controller, by a driver that does what Linux's does.
 
+mod nvme_rig;
 mod support;
 
 use ioregion_devices::nvme::{Controller, NvmeError, Options};
-use support::nvme::{CAP, CSTS, PAGE, RDY, Rig, SECTORS, VS, WAYS, Way, sqe};
+use nvme_rig::{CAP, CSTS, PAGE, RDY, Rig, SECTORS, VS, WAYS, Way, sqe};
 use support::put;
 
 const FLUSH: u8 = 0;

@@ -1,5 +1,6 @@
 //! The NVMe controller's channels, each served by a thread of its own over a wire.
 
+mod nvme_rig;
 mod support;
 
 use std::io::Write as _;
@@ -14,7 +15,7 @@ use ioregion_devices::nvme::{AdminChannel, CalledBy, Controller, Options, QueueC
 use ioregion_dispatch::Size;
 use ioregion_dispatch::server::{DeviceEnd, Stats, Stop, WaitPolicy, serve};
 use ioregion_dispatch::wire::{Message, Transport, Try, Wire, pair};
-use support::nvme::{ACQ, AQA, ASQ, CC, CC_ENABLED, CSTS, PAGE, RDY, Rig, Sqe, sqe};
+use nvme_rig::{ACQ, AQA, ASQ, CC, CC_ENABLED, CSTS, PAGE, RDY, Rig, Sqe, sqe};
 use support::{Flat, put, u16_at};
 
 const READ: u8 = 2;

@@ -1,10 +1,11 @@
 //! The NVMe controller's queues, doorbells, resets and events, by a driver that does what Linux's
 //! does, and by one that does not.
 
+mod nvme_rig;
 mod support;
 
 use ioregion_devices::nvme::Options;
-use support::nvme::{
+use nvme_rig::{
     ACQ, AQA, ASQ, CC, CC_ENABLED, CFS, CSTS, INTMC, INTMS, PAGE, RDY, Rig, SECTORS, SHUT_DOWN,
     Shadows, WAYS, Way, sqe,
 };

@@ -1,12 +1,13 @@
 //! Admin commands in any order, against a model of what the specification says about them.
 
+mod nvme_rig;
 mod support;
 
 use std::collections::HashMap;
 
 use ioregion_devices::nvme::Options;
+use nvme_rig::{CSTS, PAGE, RDY, Rig, Way, sqe};
 use proptest::prelude::*;
-use support::nvme::{CSTS, PAGE, RDY, Rig, Way, sqe};
 
 const QUEUES: u16 = 3;
 const VECTORS: u16 = 4;

@@ -3,7 +3,6 @@
 
 pub mod mapped;
 pub mod mortal;
-pub mod nvme;
 pub mod packed;
 pub mod split;
 

@@ -1,4 +1,5 @@
 //! A driver of an NVMe controller over plain memory, which does what Linux's does at probe.
+#![allow(dead_code, reason = "each test program uses a part")]
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -10,8 +11,8 @@ use ioregion_devices::nvme::{AdminChannel, CalledBy, Controller, Options, QueueC
 use ioregion_dispatch::{Access, Device, Ring, Size};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::mapped::Mapped;
-use super::{Flat, put, u16_at, u32_at};
+use crate::support::mapped::Mapped;
+use crate::support::{Flat, put, u16_at, u32_at};
 
 pub const PAGE: u64 = 4096;
 /// Bytes of memory.
