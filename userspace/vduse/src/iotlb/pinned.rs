@@ -11,40 +11,52 @@ use crate::sys::Mapping;
 #[derive(Debug)]
 pub(super) struct Pinned {
     pub(super) mapping: Mapping,
-    pins: Mutex<usize>,
+    pins: Mutex<Pins>,
     released: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Pins {
+    count: usize,
+    /// Threads in [`Pinned::wait`]: mostly none, and to wake nobody costs a system call, too, with
+    /// each request.
+    waiting: usize,
 }
 
 impl Pinned {
     pub(super) fn new(mapping: Mapping) -> Arc<Self> {
         Arc::new(Self {
             mapping,
-            pins: Mutex::new(0),
+            pins: Mutex::default(),
             released: Condvar::new(),
         })
     }
 
-    fn pins(&self) -> MutexGuard<'_, usize> {
+    fn pins(&self) -> MutexGuard<'_, Pins> {
         // A count is never halfway changed.
         self.pins.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Counts a range; [`Hold::release`] ends that.
     pub(super) fn pin(&self) {
-        *self.pins() += 1;
+        self.pins().count += 1;
     }
 
     pub(super) fn is_pinned(&self) -> bool {
-        *self.pins() > 0
+        self.pins().count > 0
     }
 
     /// Waits until nothing is pinned; whether that came in time.
     pub(super) fn wait(&self, until: Instant) -> bool {
         let left = until.saturating_duration_since(Instant::now());
+        let mut pins = self.pins();
+        pins.waiting += 1;
         let waited = self
             .released
-            .wait_timeout_while(self.pins(), left, |pins| *pins > 0);
-        *waited.unwrap_or_else(PoisonError::into_inner).0 == 0
+            .wait_timeout_while(pins, left, |pins| pins.count > 0);
+        let mut pins = waited.unwrap_or_else(PoisonError::into_inner).0;
+        pins.waiting -= 1;
+        pins.count == 0
     }
 }
 
@@ -55,8 +67,8 @@ impl Hold for Pinned {
 
     fn release(&self) {
         let mut pins = self.pins();
-        *pins = pins.saturating_sub(1);
-        if *pins == 0 {
+        pins.count = pins.count.saturating_sub(1);
+        if pins.count == 0 && pins.waiting > 0 {
             self.released.notify_all();
         }
     }
