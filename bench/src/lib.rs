@@ -13,6 +13,7 @@ pub mod report;
 pub mod results;
 pub mod stats;
 pub mod table;
+pub mod vduse;
 
 #[cfg(test)]
 mod synthetic;

@@ -9,11 +9,13 @@ use clap::{ArgGroup, Args, Parser, Subcommand};
 use ioregion_bench::assemble::assemble;
 use ioregion_bench::compare;
 use ioregion_bench::report::{self, Format};
-use ioregion_bench::results::{Boot, Mode, Provenance, Results};
+use ioregion_bench::results::{Boot, Mode, Provenance, Results, VmFacts};
+use ioregion_bench::vduse::Disks;
 use ioregion_bench::{plot, report::update_readme};
 
 mod doctor;
 mod floors;
+mod load;
 mod payload;
 mod run;
 mod scenarios;
@@ -60,6 +62,12 @@ enum Command {
     /// One results file of what the boots of a VM measured; prints its tables.
     #[command(hide = true)]
     Assemble(AssembleArgs),
+    /// Measure disks over VDUSE: run by `cargo xtask bench --vduse` in a VM.
+    #[command(hide = true)]
+    Disks(load::LoadArgs),
+    /// The table of disks that were measured in a VM.
+    #[command(hide = true)]
+    ReportDisks(ReportDisksArgs),
     /// What this host offers, with the reason for each "no".
     Doctor,
     /// Serve a device handed over standard input.
@@ -113,6 +121,29 @@ struct AssembleArgs {
     #[arg(long, value_name = "NAME")]
     name: String,
     /// Folder of results and plots.
+    #[arg(long, value_name = "DIR", default_value = "target/bench")]
+    out: PathBuf,
+    /// Exit with 1 where a claim does not hold.
+    #[arg(long)]
+    check: bool,
+}
+
+#[derive(Debug, Args)]
+struct ReportDisksArgs {
+    /// Results.
+    #[arg(required = true)]
+    files: Vec<PathBuf>,
+    /// Facts about the VM that they come from, as JSON: the results are kept in the folder of
+    /// results, as of the revision here.
+    #[arg(long, value_name = "FILE")]
+    facts: Option<PathBuf>,
+    /// Print Markdown instead of aligned text.
+    #[arg(long)]
+    markdown: bool,
+    /// Replace the section about disks of this README.
+    #[arg(long, value_name = "FILE")]
+    readme: Option<PathBuf>,
+    /// Folder of results.
     #[arg(long, value_name = "DIR", default_value = "target/bench")]
     out: PathBuf,
     /// Exit with 1 where a claim does not hold.
@@ -175,6 +206,8 @@ fn execute(command: Command) -> Result<ExitCode> {
             })
         }
         Command::Assemble(args) => put_together(args),
+        Command::Disks(args) => load::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::ReportDisks(args) => report_disks(&args),
         Command::Doctor => {
             print(&doctor::table().text())?;
             Ok(ExitCode::SUCCESS)
@@ -258,6 +291,50 @@ fn put_together(args: AssembleArgs) -> Result<ExitCode> {
         .collect();
     print(&format!("\nresults and plots: {}\n", names.join(" ")))?;
     Ok(verdict(&failures(&results, mode, args.check)))
+}
+
+/// Prints, and where facts are given keeps, what was measured of disks.
+fn report_disks(args: &ReportDisksArgs) -> Result<ExitCode> {
+    let runs = args.files.iter().map(|file| Disks::load(file));
+    let mut runs: Vec<Disks> = runs.collect::<Result<_, _>>()?;
+    if let Some(path) = &args.facts {
+        let facts = std::fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+        let facts: VmFacts = serde_json::from_slice(&facts)
+            .with_context(|| format!("{}: not facts about a VM", path.display()))?;
+        for disks in &mut runs {
+            let measured = &disks.provenance;
+            disks.provenance = Provenance {
+                profile: measured.profile.clone(),
+                vm: Some(facts.clone()),
+                ..Provenance::gather(measured.mode, measured.seed, measured.rounds)
+            };
+        }
+    }
+    let format = match args.markdown {
+        true => Format::Markdown,
+        false => Format::Text,
+    };
+    for disks in &mut runs {
+        disks.complete();
+        print(&format!("{}\n", disks.render(format)))?;
+        if args.facts.is_some() {
+            let date = disks.provenance.date.replace(':', "");
+            for file in ["disks.json".into(), format!("disks-{date}.json")] {
+                let path = args.out.join(file);
+                disks.save(&path)?;
+                print(&format!("results: {}\n", path.display()))?;
+            }
+        }
+    }
+    if let Some(readme) = &args.readme {
+        report::update_disks(readme, &runs).context("README not updated")?;
+    }
+    let claims = runs.iter().flat_map(|disks| &disks.claims);
+    let failed: Vec<String> = claims
+        .filter(|claim| args.check && claim.holds != Some(true))
+        .map(|claim| format!("claim {} ({})", claim.id, claim.note))
+        .collect();
+    Ok(verdict(&failed))
 }
 
 /// The rows that could not be measured, with the reason.

@@ -10,7 +10,7 @@ use crate::claims;
 use crate::results::{Boot, Claim, Latency, Results, Scenario};
 use crate::table::{Table, escape};
 
-pub use readme::{ReadmeError, update_readme};
+pub use readme::{ReadmeError, update_disks, update_readme};
 
 /// Rows of a Markdown table that is shown unfolded.
 const FOLDED: usize = 20;

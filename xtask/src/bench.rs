@@ -1,5 +1,7 @@
 //! `cargo xtask bench`: the benchmark on this machine, or in a VM whose time is counted.
 
+mod disks;
+
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -24,6 +26,10 @@ pub struct BenchArgs {
     /// commit gives the same figures everywhere; what needs two CPUs in one with two, in wall time
     #[arg(long)]
     pub vm: bool,
+    /// Disks over VDUSE instead of guest accesses: ours against qemu-storage-daemon's, in a VM of
+    /// one emulated CPU with counted time, on the stock kernel
+    #[arg(long, conflicts_with_all = ["vm", "full"])]
+    pub vduse: bool,
     /// The VM's kernel: patched or stock
     #[arg(long, value_enum, default_value = "patched", requires = "vm")]
     pub kernel: KernelChoice,
@@ -51,6 +57,9 @@ const WITHIN: &str = "0.1";
 
 /// Measures.
 pub fn run(root: &Path, args: &BenchArgs) -> Result<()> {
+    if args.vduse {
+        return disks::run(root, args);
+    }
     if args.vm {
         return Bench::new(root, args)?.run();
     }
@@ -324,7 +333,13 @@ mod tests {
         assert!(args.vm && args.kernel == KernelChoice::Patched);
         assert_eq!((args.repeat, args.args.len()), (Some(2), 2));
         assert!(!parse("--full").unwrap().vm);
-        for wrong in ["--repeat 2", "--kernel stock", "--vm --repeat 1"] {
+        assert!(parse("--vduse --check -- --rounds 3").unwrap().vduse);
+        for wrong in [
+            "--vduse --vm",
+            "--repeat 2",
+            "--kernel stock",
+            "--vm --repeat 1",
+        ] {
             assert!(parse(wrong).is_err(), "{wrong}");
         }
     }

@@ -71,7 +71,8 @@ enum Task {
   cargo xtask bench --vm                     # target/bench/vm-patched.json
   cargo xtask bench --vm --repeat 2          # twice from nothing: are the figures the same?
   cargo xtask bench --vm --kernel stock      # what the kernel without patches can do
-  cargo xtask bench --vm -- --filter mailbox # some rows")]
+  cargo xtask bench --vm -- --filter mailbox # some rows
+  cargo xtask bench --vduse                  # disks over VDUSE: target/bench/disks.json")]
     Bench(bench::BenchArgs),
     /// Build the patched kernel of the test VM
     ///

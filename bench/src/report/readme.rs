@@ -8,9 +8,23 @@ use thiserror::Error;
 
 use super::{Format, render};
 use crate::results::Results;
+use crate::vduse::Disks;
 
-const BEGIN: &str = "<!-- results:begin -->";
-const END: &str = "<!-- results:end -->";
+const RESULTS: Markers = Markers {
+    begin: "<!-- results:begin -->",
+    end: "<!-- results:end -->",
+};
+const DISKS: Markers = Markers {
+    begin: "<!-- disks:begin -->",
+    end: "<!-- disks:end -->",
+};
+
+/// What a section stands between.
+#[derive(Debug, Clone, Copy)]
+struct Markers {
+    begin: &'static str,
+    end: &'static str,
+}
 
 /// Why the README was left as it was.
 #[derive(Debug, Error)]
@@ -24,10 +38,14 @@ pub enum ReadmeError {
         source: io::Error,
     },
     /// The results have no place to go.
-    #[error("{}: needs one `{BEGIN}` line and, after it, one `{END}` line", .path.display())]
+    #[error("{}: needs one `{begin}` line and, after it, one `{end}` line", .path.display())]
     Markers {
         /// The README.
         path: PathBuf,
+        /// The first marker.
+        begin: &'static str,
+        /// The second one.
+        end: &'static str,
     },
 }
 
@@ -37,33 +55,57 @@ pub enum ReadmeError {
 /// # Errors
 /// The file cannot be read or written, or does not have each marker once, in order.
 pub fn update_readme(path: &Path, runs: &[Results]) -> Result<(), ReadmeError> {
+    update(path, RESULTS, &render(runs, Format::Markdown))
+}
+
+/// Replaces what stands between the markers `<!-- disks:begin -->` and `<!-- disks:end -->` of a
+/// README by the tables of disks.
+///
+/// # Errors
+/// As [`update_readme`].
+pub fn update_disks(path: &Path, runs: &[Disks]) -> Result<(), ReadmeError> {
+    let tables: Vec<String> = runs
+        .iter()
+        .map(|disks| disks.render(Format::Markdown))
+        .collect();
+    update(path, DISKS, &tables.join("\n"))
+}
+
+fn update(path: &Path, markers: Markers, report: &str) -> Result<(), ReadmeError> {
     let io = |source| ReadmeError::Io {
         path: path.into(),
         source,
     };
     let before = fs::read_to_string(path).map_err(io)?;
-    let after = with_results(&before, &render(runs, Format::Markdown))
-        .ok_or_else(|| ReadmeError::Markers { path: path.into() })?;
+    let after = with_results(&before, markers, report).ok_or_else(|| ReadmeError::Markers {
+        path: path.into(),
+        begin: markers.begin,
+        end: markers.end,
+    })?;
     if after != before {
         fs::write(path, after).map_err(io)?;
     }
     Ok(())
 }
 
-fn with_results(readme: &str, report: &str) -> Option<String> {
-    let (head, rest) = readme.split_once(BEGIN)?;
-    let (old, tail) = rest.split_once(END)?;
-    let again = |text: &str| text.contains(BEGIN) || text.contains(END);
+fn with_results(readme: &str, markers: Markers, report: &str) -> Option<String> {
+    let Markers { begin, end } = markers;
+    let (head, rest) = readme.split_once(begin)?;
+    let (old, tail) = rest.split_once(end)?;
+    let again = |text: &str| text.contains(begin) || text.contains(end);
     if again(head) || again(old) || again(tail) {
         return None;
     }
-    Some(format!("{head}{BEGIN}\n\n{}\n\n{END}{tail}", report.trim()))
+    Some(format!("{head}{begin}\n\n{}\n\n{end}{tail}", report.trim()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::synthetic::results;
+
+    const BEGIN: &str = RESULTS.begin;
+    const END: &str = RESULTS.end;
 
     #[test]
     fn readme_is_updated_between_its_markers_and_only_there() {
@@ -109,9 +151,10 @@ mod tests {
         r.host.cpu_model = Some(format!("y{END}{BEGIN}"));
         let readme = with_results(
             &format!("{BEGIN}{END}"),
+            RESULTS,
             &render(&[r.clone()], Format::Markdown),
         )
         .unwrap();
-        assert!(with_results(&readme, &render(&[r], Format::Markdown)).is_some());
+        assert!(with_results(&readme, RESULTS, &render(&[r], Format::Markdown)).is_some());
     }
 }
