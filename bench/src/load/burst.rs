@@ -5,11 +5,13 @@ use std::io::{Seek as _, SeekFrom};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use io_uring::{IoUring, opcode, types};
 use ioregion_bench::vduse::{Burst, Load};
+
+use super::processes::Cpu;
 
 /// A disk past the page cache.
 pub struct Disk {
@@ -35,12 +37,7 @@ impl Disk {
 
     /// Keeps the load's number of requests under way until all are done, at random places that
     /// follow from `seed`; `cpu` tells what the service has used.
-    pub fn burst(
-        &self,
-        load: &Load,
-        seed: u64,
-        cpu: impl Fn() -> Result<Duration>,
-    ) -> Result<Burst> {
+    pub fn burst(&self, load: &Load, seed: u64, cpu: impl Fn() -> Result<Cpu>) -> Result<Burst> {
         let mut requests = Requests::new(self, load, seed)?;
         let used = cpu()?;
         let started = Instant::now();
@@ -50,7 +47,7 @@ impl Disk {
             return Err(error);
         }
         let time = started.elapsed();
-        let used = cpu()? - used;
+        let used = cpu()?.since(&used)?;
         let number = f64::from(load.requests);
         Ok(Burst {
             rate: number / time.as_secs_f64(),

@@ -1,6 +1,7 @@
 //! Measures disks over VDUSE, in the VM of `cargo xtask bench --vduse`.
 
 mod burst;
+mod processes;
 mod service;
 
 use std::path::{Path, PathBuf};

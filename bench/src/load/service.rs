@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use ioregion_vduse::vdpa;
 use nix::sys::signal::{Signal, kill};
-use nix::time::{ClockId, clock_getcpuclockid, clock_gettime};
 use nix::unistd::Pid;
 
+use super::processes::{self, Cpu};
 use super::{LoadArgs, QUEUE_SIZE, QUEUES};
 
 /// Until a disk appears or a service ends.
@@ -127,23 +127,14 @@ impl Service {
         Pid::from_raw(self.child.id().cast_signed())
     }
 
-    /// CPU time that the process and what the kernel did for it have taken: of all threads, also
-    /// of those that ended, and of io_uring's workers, which are threads of the process.
-    pub fn cpu(&self) -> Result<Duration> {
-        let clock: ClockId = clock_getcpuclockid(self.pid()).context("a process's clock")?;
-        Ok(clock_gettime(clock).context("a process's clock")?.into())
+    /// CPU time so far.
+    pub fn cpu(&self) -> Result<Cpu> {
+        processes::cpu(self.pid())
     }
 
     /// Resident memory in KiB.
     pub fn resident(&self) -> Result<u64> {
-        let path = format!("/proc/{}/status", self.child.id());
-        let status = fs::read_to_string(&path).with_context(|| path.clone())?;
-        let value = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let kib = value.and_then(|value| value.trim().strip_suffix(" kB"));
-        kib.with_context(|| format!("{path} has no VmRSS"))?
-            .trim()
-            .parse()
-            .context("VmRSS")
+        processes::resident(self.pid())
     }
 
     /// Takes the disk away and ends the service.

@@ -16,9 +16,15 @@
 //!
 //! # CPU time
 //!
-//! That of the service's process: all of its threads, io_uring's workers among them, and what the
-//! kernel does in their system calls. Not the kernel's own threads, which deliver the
-//! interrupts of VDUSE devices; rates have those.
+//! That of the process that was started and of all that descend from it: all of their threads,
+//! io_uring's workers among them, and what the kernel does in their system calls. Ours is two
+//! processes, the service and its keeper; the peer is one. Not the kernel's own threads, which
+//! deliver the interrupts of VDUSE devices; rates have those.
+//!
+//! # Memory
+//!
+//! The sum of what is resident of the same processes. Pages that two of them have count twice,
+//! which makes ours larger than it is.
 
 mod report;
 
@@ -104,7 +110,7 @@ impl Load {
 pub struct Burst {
     /// Requests per second.
     pub rate: f64,
-    /// CPU time of the service's process per request, in nanoseconds.
+    /// CPU time of the service's processes per request, in nanoseconds.
     pub cpu_ns: f64,
 }
 
@@ -120,7 +126,7 @@ pub struct Row {
     pub theirs: Vec<Burst>,
 }
 
-/// Resident memory of a service, in KiB.
+/// Resident memory of a service's processes, in KiB.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Memory {

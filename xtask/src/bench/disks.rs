@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{BenchArgs, COUNTED_LIMIT, MITIGATIONS, SHIFT};
 use crate::apt::{self, Package};
-use crate::bench_program;
+use crate::sh::Cmd;
 use crate::vm::{self, KernelChoice, VmArgs, suite};
 
 /// The peer.
@@ -52,7 +52,10 @@ pub fn run(root: &Path, args: &BenchArgs) -> Result<()> {
     let file = folder.join("facts.json");
     std::fs::write(&file, facts.to_string())
         .with_context(|| format!("writing {}", file.display()))?;
-    bench_program(root, "report-disks")
+    // What was built for the VM, which needs nothing of the system there or here.
+    Cmd::new(&programs.bench)
+        .arg("report-disks")
+        .dir(root)
         .arg(measured)
         .arg("--facts")
         .arg(file)
