@@ -389,17 +389,30 @@ impl<S: Source> Memory for Session<S> {
         ranges: &mut dyn Iterator<Item = (u64, usize)>,
         access: Access,
     ) -> Result<Option<Pin>, MemoryError> {
-        let mut pin = Pin::new();
+        let mut pin = Pin::with_room(ranges.size_hint().1.unwrap_or(0));
+        // The region of the range before, and its first address. It is pinned, so that whoever
+        // takes it back waits for all ranges in it: no need to look into the table for each.
+        let mut last: Option<(u64, Arc<Pinned>)> = None;
         for (addr, len) in ranges {
-            let add = |pinned: &Arc<Pinned>, offset, part: std::ops::Range<usize>| {
-                pinned.pin();
-                let start = pinned.mapping.address(offset, part.len());
-                let hold = Arc::clone(pinned) as _;
-                // SAFETY: The mapping stays as long as the pin's share of it, and all access to
-                // it is by volatile and atomic copies.
-                unsafe { pin.add(start, part.len(), hold) };
-            };
-            self.iotlb.pieces(self.generation, addr, len, access, add)?;
+            if let Some((first, pinned)) = &last
+                && let Some(offset) = addr.checked_sub(*first)
+                && pinned.mapping.has(offset, len)
+            {
+                let start = pinned.mapping.address(offset, len);
+                // SAFETY: As below.
+                unsafe { pin.add(start, len) };
+            } else {
+                let add = |pinned: &Arc<Pinned>, offset, part: std::ops::Range<usize>| {
+                    pinned.pin();
+                    pin.keep(Arc::clone(pinned) as _);
+                    let start = pinned.mapping.address(offset, part.len());
+                    // SAFETY: The mapping stays as long as the pin's share of it, and all access
+                    // to it is by volatile and atomic copies.
+                    unsafe { pin.add(start, part.len()) };
+                    last = Some((addr + part.start as u64 - offset, Arc::clone(pinned)));
+                };
+                self.iotlb.pieces(self.generation, addr, len, access, add)?;
+            }
             if pin.ranges().len() > MAX_RANGES {
                 return Ok(None);
             }

@@ -342,8 +342,9 @@ mod tests {
         let released = Arc::new(Released::default());
         let place = Box::leak(Box::new([0u8; 16]));
         let mut pin = Pin::new();
+        pin.keep(Arc::clone(&released) as _);
         // SAFETY: The bytes stay for ever, and nobody else has them.
-        unsafe { pin.add(place.as_mut_ptr(), place.len(), Arc::clone(&released) as _) };
+        unsafe { pin.add(place.as_mut_ptr(), place.len()) };
         let read = Operation::Read(Target::Buffered, 0, Memory::Pinned(pin));
         ring.add(read, 7).unwrap();
         if submit {

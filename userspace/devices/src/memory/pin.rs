@@ -20,7 +20,7 @@ pub trait Hold: Send + Sync {
     /// Whether what was pinned is still what the driver sees.
     fn intact(&self) -> bool;
 
-    /// A range that this was given for is no longer used.
+    /// A pin that this was given to is gone. Once for each time that it was.
     fn release(&self);
 }
 
@@ -46,28 +46,45 @@ impl Pin {
     /// Nothing.
     #[must_use]
     pub fn new() -> Self {
+        Self::with_room(0)
+    }
+
+    /// Nothing, with room for a number of ranges.
+    #[must_use]
+    pub fn with_room(ranges: usize) -> Self {
         Self {
-            ranges: Vec::new(),
+            ranges: Vec::with_capacity(ranges.min(MAX_RANGES)),
             holds: Vec::new(),
         }
     }
 
-    /// Adds a range of `len` bytes that begins at `start` in this process; `hold` is released once
-    /// for each range.
+    /// Keeps `hold`, which is released when this is dropped. One is enough for all ranges of what
+    /// it keeps mapped.
+    pub fn keep(&mut self, hold: Arc<dyn Hold>) {
+        self.holds.push(hold);
+    }
+
+    /// Adds a range of `len` bytes that begins at `start` in this process. One that begins where
+    /// the one before ends becomes part of it: the kernel has work with each.
     ///
     /// The address is handed to the kernel as it is: one that is wrong has it access other memory
     /// of this process. So only implementations of [`Memory`](super::Memory) have a use for this.
     ///
     /// # Safety
     ///
-    /// The range belongs to a mapping that stays until `hold` is released, and no reference to
-    /// the memory exists meanwhile.
-    pub unsafe fn add(&mut self, start: *mut u8, len: usize, hold: Arc<dyn Hold>) {
+    /// The range belongs to a mapping that stays until a hold which this [keeps](Self::keep) is
+    /// released, and no reference to the memory exists meanwhile.
+    pub unsafe fn add(&mut self, start: *mut u8, len: usize) {
+        if let Some(last) = self.ranges.last_mut()
+            && last.iov_base.addr().checked_add(last.iov_len) == Some(start.addr())
+        {
+            last.iov_len += len;
+            return;
+        }
         self.ranges.push(libc::iovec {
             iov_base: start.cast(),
             iov_len: len,
         });
-        self.holds.push(hold);
     }
 
     /// The ranges, in order.

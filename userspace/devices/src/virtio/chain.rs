@@ -116,6 +116,11 @@ pub(super) struct Builder {
 }
 
 impl Builder {
+    /// Makes room for so many ranges at once.
+    pub(super) fn reserve(&mut self, ranges: usize) {
+        self.segments.reserve(ranges.min(MAX_SEGMENTS));
+    }
+
     pub(super) fn add(&mut self, addr: u64, len: u32, writable: bool) -> Result<(), Broken> {
         if len == 0 {
             return Err(Broken::Empty);

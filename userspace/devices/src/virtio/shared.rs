@@ -171,8 +171,8 @@ impl Memory for SharedMemory {
         ranges: &mut dyn Iterator<Item = (u64, usize)>,
         _access: Access,
     ) -> Result<Option<Pin>, MemoryError> {
-        let hold: Arc<dyn Hold> = Arc::new(Mapped(self.clone()));
-        let mut pin = Pin::new();
+        let mut pin = Pin::with_room(ranges.size_hint().1.unwrap_or(0));
+        pin.keep(Arc::new(Mapped(self.clone())));
         for (mut addr, mut len) in ranges {
             // A range may reach from one region into the next.
             while len > 0 {
@@ -185,9 +185,9 @@ impl Memory for SharedMemory {
                 let here = usize::try_from(left).unwrap_or(usize::MAX).min(len);
                 let start = region.get_host_address(inside);
                 let start = start.map_err(unmapped(addr))?;
-                // SAFETY: `here` bytes from `start` on lie in the mapping of `region`, which `hold`
-                // keeps; nobody borrows guest memory as ordinary Rust memory.
-                unsafe { pin.add(start, here, Arc::clone(&hold)) };
+                // SAFETY: `here` bytes from `start` on lie in the mapping of `region`, which the
+                // pin's hold keeps; nobody borrows guest memory as ordinary Rust memory.
+                unsafe { pin.add(start, here) };
                 // Within a region, so that it does not wrap but at the very end.
                 addr = addr.wrapping_add(here as u64);
                 len -= here;

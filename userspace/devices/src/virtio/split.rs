@@ -271,6 +271,7 @@ fn check_layout(layout: &Layout) -> Result<(), Broken> {
 
 /// Follows the links within an indirect table.
 fn walk_table(chain: &mut Builder, table: &[Descriptor]) -> Result<(), Broken> {
+    chain.reserve(table.len());
     let mut index = 0;
     for _ in 0..table.len() {
         let Some(descriptor) = table.get(usize::from(index)) else {

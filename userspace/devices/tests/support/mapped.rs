@@ -114,9 +114,10 @@ impl Memory for Mapped {
         for (addr, len) in ranges {
             let start = self.at(addr, len)?;
             self.pins.0.fetch_add(1, Ordering::SeqCst);
+            pin.keep(Arc::clone(&self.pins) as _);
             // SAFETY: The mapping stays while it is pinned (`drop` checks that), and all access
             // is volatile.
-            unsafe { pin.add(start, len, Arc::clone(&self.pins) as _) };
+            unsafe { pin.add(start, len) };
         }
         Ok(Some(pin))
     }

@@ -326,6 +326,49 @@ fn pinned_ranges_are_what_the_driver_sees() {
 }
 
 #[test]
+fn all_ranges_of_a_pin_are_held_until_it_is_dropped_and_neighbours_are_one() {
+    let iotlb = iotlb();
+    for number in 0..2 {
+        // Not neighbours of each other.
+        iotlb
+            .source()
+            .add(2 * number * PAGE, PAGE, true, true, &file(PAGE), 0);
+    }
+    let session = iotlb.session();
+    let ranges = [
+        (0, 10),
+        (10, 20),
+        (100, 7),
+        (2 * PAGE + 8, 5),
+        (50, 3),
+        (40, 4),
+    ];
+    let pinned = session.pin(&mut ranges.into_iter(), Access::Write);
+    let pin = pinned.unwrap().unwrap();
+    let lens: Vec<_> = pin.ranges().iter().map(|range| range.iov_len).collect();
+    assert_eq!(lens, [30, 7, 5, 3, 4]);
+    let source = file(PAGE);
+    let bytes: Vec<u8> = (1..50).collect();
+    source.write_all_at(&bytes, 0).unwrap();
+    assert_eq!(kernel_reads(&source, &pin), Ok(49));
+    let mut at = 0;
+    for (addr, len) in ranges {
+        let here = read(&session, addr, len).unwrap();
+        assert_eq!(here, bytes[at..at + len], "{addr}");
+        at += len;
+    }
+    // A range in the same region that reaches past its end is not taken for a part of it.
+    let past = session.pin(&mut [(0, 1), (PAGE - 1, 2)].into_iter(), Access::Write);
+    let addr = PAGE;
+    assert_eq!(past.map(drop), Err(MemoryError::Unmapped { addr }));
+    let still = Err(StillPinned { mappings: 2 });
+    assert_eq!(iotlb.close(Duration::ZERO), still);
+    assert_eq!(kernel_reads(&source, &pin), Err(nix::errno::Errno::EFAULT));
+    drop(pin);
+    iotlb.close(Duration::ZERO).unwrap();
+}
+
+#[test]
 fn taking_memory_back_waits_for_its_pins_and_for_no_others() {
     let iotlb = iotlb();
     let kernel = iotlb.source();

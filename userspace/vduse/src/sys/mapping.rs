@@ -108,6 +108,12 @@ impl Mapping {
         pointer.addr().is_multiple_of(2).then(word)
     }
 
+    /// Whether the region has these bytes.
+    pub(crate) fn has(&self, offset: u64, len: usize) -> bool {
+        let end = offset.checked_add(len as u64);
+        end.is_some_and(|end| end <= (self.mapped - self.skipped) as u64)
+    }
+
     /// Where the bytes from `offset` on are, for the kernel alone. Panics where `slice` does.
     pub(crate) fn address(&self, offset: u64, len: usize) -> *mut u8 {
         self.slice(offset, len).ptr_guard_mut().as_ptr()
