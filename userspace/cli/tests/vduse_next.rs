@@ -383,7 +383,8 @@ impl Vmm {
             self.vdpa.set_vring_num(queue, SIZE).unwrap();
             // Of packed queues, both wrap counters.
             let base = if packed { 0x8000_8000u32 } else { 0 };
-            set_base(&self.vdpa, queue, base);
+            let index = u32::try_from(queue).unwrap();
+            request(&self.vdpa, SET_VRING_BASE, index, base).unwrap();
             let config = VringConfigData {
                 queue_max_size: SIZE,
                 queue_size: SIZE,
@@ -413,12 +414,24 @@ impl Vmm {
     }
 }
 
-/// Where a queue starts: `VHOST_SET_VRING_BASE`, which the library has for split queues only.
-fn set_base(vdpa: &VhostKernVdpa<Arc<GuestMemoryMmap>>, queue: usize, base: u32) {
-    let state = [u32::try_from(queue).unwrap(), base];
-    // SAFETY: The request reads two integers.
-    let done = unsafe { libc::ioctl(vdpa.as_raw_fd(), 0x4008_af12, state.as_ptr()) };
-    assert_eq!(done, 0, "{}", io::Error::last_os_error());
+/// `VHOST_SET_VRING_BASE`: where a queue starts. The library has it for split queues only.
+const SET_VRING_BASE: u64 = 0x4008_af12;
+/// `VHOST_VDPA_SET_GROUP_ASID`: for this the library (0.18) asks which group a queue is of.
+const SET_GROUP_ASID: u64 = 0x4008_af7c;
+
+/// A request with a `struct vhost_vring_state`.
+fn request(
+    vdpa: &VhostKernVdpa<Arc<GuestMemoryMmap>>,
+    request: u64,
+    index: u32,
+    value: u32,
+) -> io::Result<()> {
+    let state = [index, value];
+    // SAFETY: Both requests read two integers.
+    match unsafe { libc::ioctl(vdpa.as_raw_fd(), request, state.as_ptr()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 #[test]
@@ -459,7 +472,7 @@ fn queues_of_groups_use_the_memory_of_their_address_spaces() {
     for queue in 0..2 {
         assert_eq!(vmm.vdpa.get_vring_group(queue).unwrap(), queue);
     }
-    vmm.vdpa.set_group_asid(1, 1).unwrap();
+    request(&vmm.vdpa, SET_GROUP_ASID, 1, 1).unwrap();
     for round in 0..3u8 {
         // The same addresses, but other memory.
         vmm.map(0, 0, true);
@@ -476,14 +489,15 @@ fn queues_of_groups_use_the_memory_of_their_address_spaces() {
             );
         }
         // Not while a driver is ready.
-        assert!(vmm.vdpa.set_group_asid(0, 1).is_err());
+        let refused = request(&vmm.vdpa, SET_GROUP_ASID, 0, 1).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EBUSY), "{refused}");
         // Taken back from one of them only.
-        vmm.map(round.into(), round.into(), false);
         let (with, without) = match round {
             0 => (1, 0),
             1 => (0, 1),
             _ => break,
         };
+        vmm.map(without, without.try_into().unwrap(), false);
         vmm.ask(with, 200);
         vmm.lines[without].add(200);
         served.becomes(without, |health| matches!(health, Health::Broken(_)));
